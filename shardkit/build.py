@@ -1,0 +1,205 @@
+"""From the names in a config to objects: devices, data, model, `Trainer`.
+
+Owns factories, which a config names as `"module:attribute"` and which are resolved
+and checked here, so that shardkit itself never imports a model. It trains nothing.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit import config as configs
+from shardkit.config import RunConfig, accepts, convert, suggest
+from shardkit.errors import ConfigError, ShardkitError
+
+__all__ = [
+    "build_batches",
+    "build_trainer",
+    "call_factory",
+    "device_pool",
+    "resolve_factory",
+]
+
+
+def device_pool(num_devices: int | None) -> list[Any]:
+    """Returns the first `num_devices` devices, or all.
+
+    Raises:
+        ConfigError: If there are fewer.
+    """
+    import jax
+
+    devices = jax.devices()
+    if num_devices is not None and num_devices > len(devices):
+        raise ConfigError(
+            f"--devices: expected at most {len(devices)}, the {devices[0].platform} "
+            f"devices that there are, found {num_devices}; "
+            "set JAX_PLATFORMS=cpu to emulate more"
+        )
+    return devices[:num_devices]
+
+
+def resolve_factory(name: str, *, where: str = "factory") -> Callable[..., Any]:
+    """Finds `"module:attribute"`.
+
+    Raises:
+        ConfigError: If there is no such module or attribute, or the module needs
+            another one that is not installed.
+
+    >>> resolve_factory("math:hypot")(3, 4)
+    5.0
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError(f'{where}: expected "module:attribute", found {name!r}')
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if f"{module_name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{where}: there is no module {missing!r} for {name!r}; "
+                f"looked in {', '.join(path or '.' for path in sys.path[:2])}, …"
+            ) from None
+        raise ConfigError(
+            f"{where}: module {module_name!r} needs {missing!r}; install it"
+        ) from None
+    if not callable(getattr(module, attribute, None)):
+        names = [
+            n for n in vars(module) if callable(getattr(module, n)) and n[0] != "_"
+        ]
+        raise ConfigError(
+            f"{where}: {module_name!r} has no {attribute!r} that can be called; "
+            + suggest(attribute, names)
+        )
+    return getattr(module, attribute)
+
+
+def call_factory(
+    name: str, options: Mapping[str, Any], *, where: str, **given: Any
+) -> Any:
+    """Calls a factory with options from a config, checking them against its signature.
+
+    Args:
+        name: `"module:attribute"`.
+        options: What the user wrote.
+        where: The table of the factory, to name in an error.
+        **given: Arguments that do not come from the user.
+
+    Raises:
+        ConfigError: If the factory is not found, does not take an option, needs one
+            that is missing, or finds a value of the wrong type or range.
+    """
+    factory = resolve_factory(name, where=f"[{where}] factory")
+    parameters = inspect.signature(factory).parameters
+    checked = {}
+    for key, value in options.items():
+        place = f"[{where}.options] {key}"
+        if key in parameters and key not in given:
+            checked[key] = _check_option(value, parameters[key].annotation, place)
+        elif any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            checked[key] = value
+        else:
+            raise ConfigError(
+                f"{place}: {name} takes no such option; "
+                + suggest(key, [p for p in parameters if p not in given])
+            )
+    try:
+        return factory(**given, **checked)
+    except ShardkitError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"[{where}] {name}: {error}") from error
+
+
+def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
+    """Builds the data of a run.
+
+    Returns:
+        Training batches by step, validation batches by index or None, and the digest
+        of the corpus or None.
+
+    Raises:
+        ConfigError, DataError: If there is no such data.
+    """
+    data, seed = config.data, config.train.seed
+    common: dict[str, Any] = {"global_batch_size": data.global_batch_size, "seed": seed}
+    evaluates = config.train.eval_batches > 0
+    if data.factory == "text":
+        from shardkit.data import TextBatches, TextCorpus
+
+        fraction = data.validation_fraction
+        corpus = TextCorpus.open(
+            data.path, **({} if fraction is None else {"validation_fraction": fraction})
+        )
+        common |= {"sequence_length": data.sequence_length}
+        train = TextBatches(corpus, split="train", **common)
+        valid = TextBatches(corpus, split="validation", **common) if evaluates else None
+        return train, valid, corpus.digest
+
+    def build(split: str) -> Any:
+        return call_factory(
+            data.factory, data.options, where="data", split=split, **common
+        )
+
+    train = build("train")
+    valid = build("validation") if evaluates else None
+    return train, valid, getattr(train, "digest", None)
+
+
+def build_trainer(
+    config: RunConfig, *, devices: list[Any], checkpoints: Path, events: Any
+) -> tuple[Any, str | None]:
+    """Builds everything that a config names.
+
+    Returns:
+        A `Trainer` that has not begun, and the digest of its corpus or None.
+
+    Raises:
+        ShardkitError: If any part of the config cannot be built.
+    """
+    import shardkit as sk
+    from shardkit.optim import build_optimizer
+
+    train, valid, digest = build_batches(config)
+    model = call_factory(config.model.factory, config.model.options, where="model")
+    evaluation = None
+    if valid is not None:
+        evaluation = sk.EvalConfig(
+            data=valid,
+            every=config.train.eval_every or config.train.steps,
+            num_batches=config.train.eval_batches,
+        )
+    rules = {name: axis or None for name, axis in config.axis_rules.items()}
+    trainer = sk.Trainer(
+        init=model.init,
+        loss=model.loss,
+        eval_loss=model.eval_loss,
+        tx=build_optimizer(config.optimizer),
+        data=train,
+        mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
+        axis_rules={**model.axis_rules, **rules},
+        num_microbatches=config.data.num_microbatches,
+        seed=config.train.seed,
+        consistency=config.train.consistency,
+        certify=config.train.certify,
+        checkpoint=sk.CheckpointConfig(
+            checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep
+        ),
+        eval=evaluation,
+        ema=config.train.ema,
+        loss_scale=config.train.loss_scale,
+        strict=config.train.strict,
+        devices=devices,
+        events=events,
+        manifest={"config": configs.identity(config), "corpus_digest": digest},
+    )
+    return trainer, digest
+
+
+def _check_option(value: Any, annotation: Any, place: str) -> Any:
+    """Checks an option where the factory's annotation says something TOML can."""
+    return convert(value, annotation, place) if accepts(annotation) else value

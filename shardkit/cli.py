@@ -1,0 +1,172 @@
+"""The command line of `train.py`: flags, environment and exit codes.
+
+Owns what happens before JAX starts and after the run has ended. Its invariant:
+reading a command line, and finding fault with it, never imports JAX. It builds
+nothing; `build.py` does.
+"""
+
+import argparse
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from shardkit import config as configs
+from shardkit.config import Override, RunConfig
+from shardkit.errors import ConfigError
+
+__all__ = [
+    "Arguments",
+    "exit_code",
+    "parse_arguments",
+    "plan_resizes",
+    "prepare_environment",
+]
+
+NUM_THREADS = 8
+"""Threads of XLA's CPU client, whatever the machine has: how a matrix product is cut,
+and so its bits, follows their number."""
+
+EXIT_CODES = {"CertificateError": 3, "NonFiniteError": 3, "Preempted": 75}
+"""What is not bad input, by the name of the exception."""
+
+_FLAGS = {
+    "devices": ("devices", "N", "size of the pool; 8 emulated, or every real one"),
+    "resize": ("resize", "STEP:N,...", "devices from the beginning of a step on"),
+    "steps": ("train.steps", "N", "the step at which the run ends, also on resume"),
+    "seed": ("train.seed", "N", "root of all randomness and of the data's order"),
+    "consistency": ("train.consistency", "exact|fast", "keep the bits, or not"),
+    "certify": ("train.certify", "always|first|off", "which resizes are checked"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """The command line of `train.py`, read and checked."""
+
+    path: Path
+    """The config file."""
+    config: RunConfig
+    """The file with all that the command line changes."""
+    out: Path | None
+    """The run's directory; None for a fresh one."""
+    resume: bool
+    """Go on from the newest checkpoint of `out`."""
+    twin: bool
+    """Also run without any resize, and compare."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Reads the command line and the config that it names.
+
+    Raises:
+        ConfigError: If either is unusable.
+        SystemExit: With code 0, after `--help`.
+    """
+    plain, overrides = _split_overrides(argv)
+    parser = _Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Trains a model on any number of devices, and on changing ones.",
+        epilog="Any key of the config can be set as --table.key VALUE, for example "
+        "--optimizer.learning_rate 1e-3 or --model.options.num_layers 2.",
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
+    for flag, (key, metavar, text) in _FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar=metavar, help=f"{text} [{key}]")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the run's directory")
+    parser.add_argument("--resume", action="store_true", help="go on with --out DIR")
+    parser.add_argument(
+        "--twin", action="store_true", help="compare with a run that is never resized"
+    )
+    found = parser.parse_args(plain)
+    if found.resume and found.out is None:
+        raise ConfigError("--resume: which run? name its directory with --out DIR")
+    flags = [
+        Override(key, getattr(found, flag), f"--{flag}")
+        for flag, (key, _, _) in _FLAGS.items()
+        if getattr(found, flag) is not None
+    ]
+    return Arguments(
+        path=found.config,
+        config=configs.load(found.config, [*overrides, *flags]),
+        out=found.out,
+        resume=found.resume,
+        twin=found.twin,
+    )
+
+
+def prepare_environment(num_devices: int | None) -> None:
+    """Sets what JAX reads when it starts, and configures logging.
+
+    Call it before anything touches a device. Variables that the user has set stay.
+
+    Args:
+        num_devices: CPU devices to emulate where there is no accelerator; None is 8.
+
+    Raises:
+        ConfigError: If this process has started JAX's devices already.
+    """
+    num_devices = num_devices or 8
+    # Every emulated device needs a thread for collectives to meet.
+    os.environ.setdefault("PJRT_NPROC", str(max(NUM_THREADS, num_devices)))
+    logging.basicConfig(
+        level=os.environ.get("SHARDKIT_LOG_LEVEL", "WARNING").upper(),
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    logging.captureWarnings(True)
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError as error:
+        raise ConfigError(f"prepare_environment: came too late: {error}") from error
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "shardkit" / "jax"))
+    # A change of devices waits for compilation, so even the cheapest is kept.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def plan_resizes(config: RunConfig, pool: int) -> tuple[dict[int, int], dict[int, int]]:
+    """Splits the schedule into the entries that will come and those beyond the end.
+
+    Raises:
+        ConfigError: As `parse_resize` does.
+    """
+    schedule = configs.parse_resize(config.resize, pool)
+    coming = {s: n for s, n in schedule.items() if s < config.train.steps}
+    return coming, {s: n for s, n in schedule.items() if s not in coming}
+
+
+def exit_code(error: BaseException) -> int:
+    """Returns what `train.py` exits with: 3 for wrong numbers, 75 to be resumed, or 2.
+
+    >>> exit_code(ConfigError("unknown key"))
+    2
+    """
+    names = [cls.__name__ for cls in type(error).__mro__]
+    return next((EXIT_CODES[name] for name in names if name in EXIT_CODES), 2)
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[Override]]:
+    """Takes `--table.key VALUE` out, which argparse would take for positionals."""
+    plain, overrides, words = [], [], iter(argv)
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            plain.append(word)
+            continue
+        if not equals:
+            text = next(words, None)
+            if text is None:
+                raise ConfigError(f"{name}: expected a value, found the end of line")
+        overrides.append(Override(name[2:], text, name))
+    return plain, overrides

@@ -1,0 +1,287 @@
+"""What a run is made of: sections, keys, defaults and ranges.
+
+Owns which keys exist, what they mean, and which of them make a run the run that it
+is. Its invariant: a `RunConfig` that exists is valid. It builds nothing and imports
+no JAX; `loader.py` reads it from files and `cli.py` turns it into objects.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from shardkit.config.toml import dump_toml
+from shardkit.errors import ConfigError
+
+__all__ = [
+    "CheckpointSection",
+    "DataSection",
+    "MeshSection",
+    "ModelSection",
+    "OptimizerSection",
+    "RunConfig",
+    "TrainSection",
+    "differences",
+    "identity",
+    "to_dict",
+    "to_toml",
+]
+
+FREE_ON_RESUME = ("devices", "resize", "mesh", "train.steps", "train.log_every")
+"""Keys that say where a run is evaluated, how far and how it is shown."""
+
+_USED_BY = {
+    "adamw": ("b1", "b2"),
+    "lion": ("b1", "b2"),
+    "lamb": ("b1", "b2"),
+    "sgd": ("momentum",),
+    "adafactor": ("momentum",),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """The model, named as a factory that is resolved at run time."""
+
+    factory: str
+    """`"module:attribute"`, called with the options; for example `models.gpt:build`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the factory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """The corpus and the fixed grid of microbatches that a step is made of."""
+
+    factory: str = "text"
+    """`"text"`, or `"module:attribute"`, called with `global_batch_size`, `seed`,
+    `split` and the options."""
+    path: str | None = None
+    """Text only: a file, a directory or a glob. None is the default corpus, the
+    sources of the installed Python standard library."""
+    sequence_length: int | None = None
+    """Text only: tokens per row."""
+    validation_fraction: float | None = None
+    """Text only: the part of the corpus that is kept for evaluation."""
+    global_batch_size: int
+    """Rows per step, on any number of devices."""
+    num_microbatches: int
+    """Equal parts of the global batch, each evaluated at once on one device."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a factory other than `"text"`."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "global_batch_size", "num_microbatches", "sequence_length")
+        if self.global_batch_size % self.num_microbatches:
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size} is not divisible by "
+                f"num_microbatches = {self.num_microbatches}; "
+                "change one so that every microbatch has the same rows"
+            )
+        _fraction(self, "validation_fraction")
+        if self.factory == "text":
+            if self.sequence_length is None:
+                raise ConfigError(
+                    'sequence_length is missing; factory = "text" needs it'
+                )
+            if self.options:
+                raise ConfigError('options are of no use to factory = "text"')
+            return
+        for name in ("path", "sequence_length", "validation_fraction"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is for text alone, and factory = {self.factory!r}; "
+                    "move it into [data.options] if that factory takes it"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSection:
+    """The optimizer, its schedule, clipping and weight decay."""
+
+    name: Literal["adamw", "lion", "sgd", "adafactor", "lamb"] = "adamw"
+    """The update rule, from Optax."""
+    learning_rate: float
+    """The peak of the schedule."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """The course after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    horizon_steps: int | None = None
+    """The step at which the schedule ends; it does not follow `train.steps`, so that
+    a run can be stopped early or prolonged without becoming another run."""
+    end_factor: float = 0.0
+    """The learning rate at the horizon, as a part of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, times the learning rate; adafactor's is not."""
+    decay_mask: Literal["all", "matrices"] = "matrices"
+    """What decays: every leaf, or those of at least two dims."""
+    b1: float | None = None
+    """Decay of the first moment; None is the usual one of the optimizer."""
+    b2: float | None = None
+    """Decay of the second moment; None is the usual one of the optimizer."""
+    momentum: float | None = None
+    """Momentum of sgd and adafactor; None is none."""
+    clip_norm: float | None = None
+    """Clips the global norm of the gradient."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "warmup_steps", "weight_decay")
+        _at_least(self, 1, "horizon_steps")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}: expected more than 0, found {value}")
+        if not 0 <= self.end_factor <= 1:
+            raise ConfigError(f"end_factor: expected 0 to 1, found {self.end_factor}")
+        _fraction(self, "b1", "b2", "momentum")
+        for name in ("b1", "b2", "momentum"):
+            if getattr(self, name) is not None and name not in _USED_BY[self.name]:
+                raise ConfigError(f"{name} is of no use to name = {self.name!r}")
+        if self.schedule == "constant":
+            return
+        if self.horizon_steps is None:
+            raise ConfigError(
+                f"horizon_steps is missing; schedule = {self.schedule!r} needs the "
+                "step at which it ends (it does not follow train.steps)"
+            )
+        if self.horizon_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"horizon_steps: expected more than warmup_steps = "
+                f"{self.warmup_steps}, found {self.horizon_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshSection:
+    """Sizes of the mesh axes; `data` or `fsdp` may be -1 and takes what is left.
+
+    What fits which number of devices is decided, and refused, by `MeshSpec`.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+    context: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    """How long, from which seed, how exactly, and what is looked at on the way."""
+
+    steps: int
+    """The step at which the run ends, also after a resume."""
+    seed: int = 0
+    """Root of every random stream and of the order of the data."""
+    consistency: Literal["exact", "fast"] = "exact"
+    """Whether the bits or only the mathematics survive a change of devices."""
+    certify: Literal["always", "first", "off"] = "always"
+    """Which changes of devices are checked by running one step on both sides."""
+    ema: float | None = None
+    """Decay of an average of the weights, which evaluation then uses."""
+    loss_scale: float | None = None
+    """A constant the loss is multiplied by before the gradient is taken."""
+    strict: bool = False
+    """Turns unused axis rules and unannotated leaves into errors."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end alone."""
+    eval_batches: int = 8
+    """Global batches per evaluation; 0 never evaluates."""
+    log_every: int | None = None
+    """Steps between lines where there is no terminal; None is a tenth of the run."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "steps", "log_every")
+        _at_least(self, 0, "seed", "eval_every", "eval_batches")
+        _fraction(self, "ema")
+        if self.loss_scale is not None and self.loss_scale <= 0:
+            raise ConfigError(
+                f"loss_scale: expected more than 0, found {self.loss_scale}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSection:
+    """When the state is saved; the last step always is."""
+
+    every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints that are kept; older ones are removed."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run, whole."""
+
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    train: TrainSection
+    mesh: MeshSection = field(default_factory=MeshSection)
+    axis_rules: dict[str, str] = field(default_factory=dict)
+    """Logical axis name to mesh axis, over the rules the model brings along; empty
+    text leaves the dim whole."""
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    devices: int | None = None
+    """Size of the pool; None is 8 emulated devices, or every real one."""
+    resize: str = ""
+    """Device counts by step, `"0:4,20:8"`; before the first entry, the whole pool."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "devices")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the config as nested plain values, every default spelled out."""
+    return asdict(config)
+
+
+def to_toml(config: RunConfig) -> str:
+    """Writes the config, every default spelled out, as TOML."""
+    return dump_toml(to_dict(config))
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """Returns the values, by dotted key, that may not differ on resume."""
+    return {
+        key: value
+        for key, value in _flatten(to_dict(config))
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
+    }
+
+
+def differences(saved: RunConfig, asked: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys that make two configs two runs, with both values."""
+    old, new = identity(saved), identity(asked)
+    keys = sorted(old.keys() | new.keys())
+    return {
+        key: (old.get(key), new.get(key))
+        for key in keys
+        if old.get(key) != new.get(key)
+    }
+
+
+def _at_least(section: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: expected at least {least}, found {value}")
+
+
+def _fraction(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{name}: expected 0 to 1, 1 excluded, found {value}")
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,64 @@
+"""The exceptions shardkit raises.
+
+Every one also subclasses the built-in exception that an ordinary handler would
+catch, and every message says where, what was expected, what was found and what
+to do about it. This module imports nothing.
+"""
+
+__all__ = [
+    "CertificateError",
+    "ConfigError",
+    "DataError",
+    "InexactError",
+    "LostStateError",
+    "MembershipError",
+    "MeshError",
+    "NonFiniteError",
+    "PartitionError",
+    "RestoreError",
+    "ShardkitError",
+]
+
+
+class ShardkitError(Exception):
+    """The root of the family."""
+
+
+class ConfigError(ShardkitError, ValueError):
+    """A configuration, a flag or a run directory that cannot be used."""
+
+
+class DataError(ShardkitError, ValueError):
+    """A corpus or a batch that cannot be used."""
+
+
+class MeshError(ShardkitError, ValueError):
+    """A mesh that cannot be built from the devices that are there."""
+
+
+class PartitionError(ShardkitError, ValueError):
+    """Leaves whose logical axes cannot be mapped to the mesh."""
+
+
+class InexactError(ShardkitError, ValueError):
+    """Something that cannot keep its bits when the device count changes."""
+
+
+class MembershipError(ShardkitError, ValueError):
+    """A schedule or a request for devices that are not there."""
+
+
+class LostStateError(ShardkitError, RuntimeError):
+    """Shards that went with their devices and exist nowhere else."""
+
+
+class CertificateError(ShardkitError, RuntimeError):
+    """Two placements computed different bits for the same step."""
+
+
+class NonFiniteError(ShardkitError, RuntimeError):
+    """The loss or the state is no longer finite."""
+
+
+class RestoreError(ShardkitError, RuntimeError):
+    """A checkpoint that is missing, damaged or belongs to another run."""

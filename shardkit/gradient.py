@@ -1,0 +1,233 @@
+"""The gradient of the global batch, from the microbatches of every device.
+
+Owns the loop over a device's microbatches and the sum over all of them. Invariant in
+exact mode: loss, gradient and metrics are functions of the multiset of microbatch
+results, so neither the number of devices nor the order of arrival enters. It must
+run inside `shard_map` over a mesh with the batch axes; it updates nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from shardkit.exact_sum import (
+    Accumulator,
+    exact_sum,
+    is_summable,
+    next_exponent,
+    peak_bits,
+)
+from shardkit.keys import step_key
+from shardkit.layout import SHARD_AXIS
+from shardkit.mesh import BATCH_AXES
+from shardkit.microbatch import Grid
+from shardkit.model import LossOutput, as_loss_output
+from shardkit.shards import pad_dim
+
+__all__ = ["MicrobatchLoop"]
+
+LOSS_STREAM = "loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class MicrobatchLoop:
+    """Runs a loss over the microbatches of this device, and sums over devices.
+
+    In every method `slots` holds this device's microbatches, `[max_count, rows, ...]`
+    per leaf, `root` is the run's root key and `step` the step, for the random keys.
+
+    Attributes:
+        loss: `(params, microbatch, key) → scalar or LossOutput`.
+        output: The tree structure of that `LossOutput`.
+        mesh: The mesh whose batch axes share the work.
+        num_microbatches: The size of the grid.
+        exact: Whether sums keep their bits on every mesh.
+    """
+
+    loss: Callable[[Any, Any, Any], Any]
+    output: Any
+    mesh: Mesh
+    num_microbatches: int
+    exact: bool = True
+
+    def evaluate(self, params: Any, slots: Any, root: Array, step: Array) -> LossOutput:
+        """Sums loss, weight and metrics over the global batch."""
+        start, count = self._bounds()
+
+        def body(i: Array, rows: Array) -> Array:
+            key = step_key(root, LOSS_STREAM, step, start + i)
+            out = as_loss_output(self.loss(params, _at(slots, i), key))
+            return _put(rows, out, start + i)
+
+        return self._sum_rows(lax.fori_loop(0, count, body, self._empty_rows()))
+
+    def gradient(
+        self,
+        params: Any,
+        slots: Any,
+        root: Array,
+        step: Array,
+        dims: Any,
+        *,
+        grad_exponent: Any = None,
+        loss_scale: Array | None = None,
+    ) -> tuple[LossOutput, Any, Any, Array]:
+        """Sums loss, weight, metrics and gradient over the global batch.
+
+        Args:
+            params: The whole parameters.
+            slots: This device's microbatches.
+            root: The run's root key.
+            step: The step.
+            dims: The dim along which each gradient is wanted cut, -1 for whole.
+            grad_exponent: The grid per parameter leaf; exact mode only.
+            loss_scale: Multiplies the loss, divides the gradient.
+
+        Returns:
+            The sums; Σ grad(loss_sum) / Σ weight in pieces; the grids for the next
+            step; and how many passes over the microbatches it took: two if a
+            gradient outgrew its grid.
+        """
+        start, _ = self._bounds()
+        scale = jnp.float32(1) if loss_scale is None else loss_scale
+
+        def value_and_grad(i: Array) -> tuple[LossOutput, list[Array]]:
+            key = step_key(root, LOSS_STREAM, step, start + i)
+
+            def scaled(p: Any) -> tuple[Array, LossOutput]:
+                out = as_loss_output(self.loss(p, _at(slots, i), key))
+                return out.loss_sum * scale, out
+
+            grads, out = jax.grad(scaled, has_aux=True)(params)
+            grads = jax.tree.leaves(grads)
+            # Fused with what sums it, a gradient's bits could follow that sum's shape.
+            return lax.optimization_barrier((out, grads)) if self.exact else (out, grads)
+
+        leaves, treedef = jax.tree.flatten(params)
+        if self.exact:
+            exponents = jnp.stack(jax.tree.leaves(grad_exponent))
+            rows, sums, exponents, passes = self._exact_pass(
+                value_and_grad, leaves, jax.tree.leaves(dims), exponents
+            )
+            grad_exponent = treedef.unflatten(list(exponents))
+        else:
+            rows, sums = self._fast_pass(value_and_grad, leaves, jax.tree.leaves(dims))
+            passes = jnp.int32(1)
+        out = self._sum_rows(rows)
+        inverse = 1 / (out.weight * scale)
+        if self.exact:
+            # Dividing by a broadcast is rewritten differently on one device.
+            inverse, sums = lax.optimization_barrier((inverse, sums))
+        grads = [
+            (g * inverse).astype(p.dtype) for g, p in zip(sums, leaves, strict=True)
+        ]
+        return out, treedef.unflatten(grads), grad_exponent, passes
+
+    def _exact_pass(
+        self,
+        value_and_grad: Callable[[Array], tuple[LossOutput, list[Array]]],
+        leaves: list[Array],
+        dims: list[int],
+        exponents: Array,
+    ) -> tuple[Array, list[Array], Array, Array]:
+        """Sums on integer grids, again on wider ones if a gradient outgrew its own."""
+        start, count = self._bounds()
+        accumulator = Accumulator(self.num_microbatches)
+        empty = (
+            [accumulator.zeros(leaf.shape) for leaf in leaves],
+            jnp.zeros(len(leaves), jnp.int32),
+            self._empty_rows(),
+        )
+
+        def outgrown(carry: Any) -> Array:
+            (_, peaks, _), exponents, passes = carry
+            return (passes == 0) | next_exponent(exponents, peaks)[1].any()
+
+        def one_pass(carry: Any) -> Any:
+            (_, peaks, _), exponents, passes = carry
+            wider, _ = next_exponent(exponents, peaks)
+            exponents = jnp.where(passes == 0, exponents, wider)
+
+            def body(i: Array, carry: Any) -> Any:
+                limbs, peaks, rows = carry
+                out, grads = value_and_grad(i)
+                limbs = [
+                    accumulator.add(sums, grad, exponents[n])
+                    for n, (sums, grad) in enumerate(zip(limbs, grads, strict=True))
+                ]
+                peaks = jnp.maximum(peaks, jnp.stack([peak_bits(g) for g in grads]))
+                return limbs, peaks, _put(rows, out, start + i)
+
+            limbs, peaks, rows = lax.fori_loop(0, count, body, empty)
+            return (limbs, lax.pmax(peaks, BATCH_AXES), rows), exponents, passes + 1
+
+        (limbs, peaks, rows), exponents, passes = lax.while_loop(
+            outgrown, one_pass, (empty, exponents, jnp.int32(0))
+        )
+        sums = []
+        for n, (pair, dim) in enumerate(zip(limbs, dims, strict=True)):
+            pair = (self._add_over_devices(pair[0], dim), self._add_over_devices(pair[1], dim))
+            total = accumulator.total(pair, exponents[n])
+            sums.append(jnp.where(is_summable(peaks[n]), total, jnp.nan))
+        return rows, sums, next_exponent(exponents, peaks)[0], passes
+
+    def _fast_pass(
+        self,
+        value_and_grad: Callable[[Array], tuple[LossOutput, list[Array]]],
+        leaves: list[Array],
+        dims: list[int],
+    ) -> tuple[Array, list[Array]]:
+        start, count = self._bounds()
+
+        def body(i: Array, carry: Any) -> Any:
+            sums, rows = carry
+            out, grads = value_and_grad(i)
+            sums = [s + g for s, g in zip(sums, grads, strict=True)]
+            return sums, _put(rows, out, start + i)
+
+        empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+        sums, rows = lax.fori_loop(0, count, body, (empty, self._empty_rows()))
+        return rows, [
+            self._add_over_devices(s, dim) for s, dim in zip(sums, dims, strict=True)
+        ]
+
+    def _bounds(self) -> tuple[Array, Array]:
+        """This device's first microbatch, and how many it computes."""
+        index = lax.axis_index(BATCH_AXES)
+        num_devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        grid = Grid(self.num_microbatches, num_devices)
+        return jnp.asarray(grid.starts)[index], jnp.asarray(grid.counts)[index]
+
+    def _add_over_devices(self, x: Array, dim: int) -> Array:
+        """Adds over all devices; each keeps its piece of `dim`."""
+        if dim < 0:
+            return lax.psum(x, BATCH_AXES)
+        count = self.mesh.shape[SHARD_AXIS]
+        x = pad_dim(x, dim, -(-x.shape[dim] // count) * count)
+        x = lax.psum_scatter(x, SHARD_AXIS, scatter_dimension=dim, tiled=True)
+        return lax.psum(x, "data")
+
+    def _empty_rows(self) -> Array:
+        return jnp.zeros((self.output.num_leaves, self.num_microbatches), jnp.float32)
+
+    def _sum_rows(self, rows: Array) -> LossOutput:
+        """Adds the results of all microbatches, each known to one device."""
+        # As integers, since adding 0.0 would turn -0.0 into 0.0.
+        bits = lax.bitcast_convert_type(rows, jnp.int32)
+        rows = lax.bitcast_convert_type(lax.psum(bits, BATCH_AXES), jnp.float32)
+        sums = exact_sum(rows, [1]) if self.exact else jnp.sum(rows, axis=1)
+        return self.output.unflatten(list(sums))
+
+
+def _at(tree: Any, i: Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(rows: Array, out: LossOutput, i: Array) -> Array:
+    column = jnp.stack(jax.tree.leaves(out))
+    return lax.dynamic_update_index_in_dim(rows, column, i, axis=1)

@@ -1,0 +1,363 @@
+"""Runs a function of whole arrays on shards of them.
+
+Owns the translation: a function written for global arrays (an optimizer update, a
+norm, an average) is traced once, and its operations are then carried out on the
+shard that this device holds. Elementwise work stays local; a float sum goes through
+`exact_sum`; whatever has no local form is done on the gathered whole, which costs
+memory but gives the same bits on every mesh. Invariant: the result does not depend
+on the number of shards. It must run inside `shard_map` (or on one shard).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend import core, source_info_util
+
+from shardkit.errors import InexactError
+from shardkit.exact_sum import exact_sum
+from shardkit.layout import LeafLayout
+from shardkit.shards import Shards
+
+__all__ = ["Localizer", "Shard"]
+
+_ELEMENTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
+    cbrt ceil clamp conj convert_element_type copy copy_p cos cosh digamma div eq
+    eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow
+    is_finite le lgamma log log1p logistic lt lt_to le_to max min mul ne neg nextafter
+    not optimization_barrier or population_count pow real reduce_precision rem round
+    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
+    sqrt square stop_gradient sub tan tanh xor""".split()
+)
+_REFUSED = {
+    "rng_bit_generator": "its bits depend on the sharding; use threefry keys",
+    "rng_uniform": "its bits depend on the sharding; use threefry keys",
+    "pure_callback": "the host code behind it cannot be shown to be exact",
+    "io_callback": "the host code behind it cannot be shown to be exact",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A value during translation: whole, or this device's piece along one dim.
+
+    Attributes:
+        array: The whole array, or the padded piece.
+        dim: The dim that is cut; None for a whole array.
+        size: The logical size of that dim.
+    """
+
+    array: Any
+    dim: int | None = None
+    size: int = 0
+
+
+class Localizer:
+    """Evaluates traced functions on shards.
+
+    Args:
+        shards: How sharded leaves are cut.
+
+    Attributes:
+        gathered: What had to be done on gathered arrays: `(operation, shape)`. Each
+            costs the memory of the whole array on every device.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self.gathered: list[tuple[str, tuple[int, ...]]] = []
+
+    def __call__(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        dims: Sequence[Any],
+        shapes: Sequence[Any],
+    ) -> tuple[Any, Any]:
+        """Computes `fn(*args)`.
+
+        Args:
+            fn: A function of whole arrays.
+            args: Trees of whole arrays or pieces, as `dims` says.
+            dims: Trees like `args` with the cut dim of each leaf, or -1.
+            shapes: Trees like `args` of `jax.ShapeDtypeStruct`: the whole arrays.
+
+        Returns:
+            The result, in pieces where the work left it so, and a tree of its cut
+            dims (-1 for whole).
+
+        Raises:
+            InexactError: Where an operation cannot be made exact.
+        """
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
+        values = [
+            Shard(x) if dim < 0 else Shard(x, dim, shape.shape[dim])
+            for x, dim, shape in zip(
+                jax.tree.leaves(list(args)),
+                jax.tree.leaves(list(dims)),
+                jax.tree.leaves(list(shapes)),
+                strict=True,
+            )
+        ]
+        outs = self._eval(closed.jaxpr, closed.consts, values)
+        treedef = jax.tree.structure(out_shape)
+        out_dims = [-1 if out.dim is None else out.dim for out in outs]
+        return treedef.unflatten([o.array for o in outs]), treedef.unflatten(out_dims)
+
+    def recut(self, array: Array, dim: int, leaf: LeafLayout) -> Array:
+        """Brings a result of `__call__` to the cut that its layout wants."""
+        if dim == leaf.dim:
+            return array
+        size = leaf.shape[dim] if dim >= 0 else 0
+        value = Shard(array, None if dim < 0 else dim, size)
+        return self._whole(value) if leaf.dim < 0 else self._align(value, leaf.dim)
+
+    def _eval(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Shard]
+    ) -> list[Shard]:
+        env: dict[Any, Shard] = {}
+        env.update(zip(jaxpr.constvars, map(Shard, consts), strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Shard:
+            return Shard(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            outs = self._apply(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _apply(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
+        """Carries out one equation."""
+        name = eqn.primitive.name
+        if name in _REFUSED:
+            raise InexactError(
+                f"{name} (in {source_info_util.summarize(eqn.source_info)}) "
+                f"cannot be made exact: {_REFUSED[name]}; or run with "
+                "consistency='fast'."
+            )
+        inner = _inner_jaxpr(eqn)
+        if inner is not None:
+            return self._eval(inner.jaxpr, inner.consts, args)
+        if name == "reduce_sum" and _is_float(eqn.outvars[0].aval):
+            return [self._float_sum(args[0], eqn.params["axes"])]
+        if all(arg.dim is None for arg in args):
+            return self._bind(eqn, [arg.array for arg in args])
+        if name == "cond":
+            return self._cond(eqn, args)
+        # A bitcast to another width has a new dim, hence the check of the shape.
+        if name in _ELEMENTWISE and eqn.outvars[0].aval.shape == _cut_shape(eqn, args):
+            return self._elementwise(eqn, args)
+        rule = _RULES.get(name)
+        out = rule(self, eqn, args[0]) if rule is not None else None
+        return self._gather_and_bind(eqn, args) if out is None else [out]
+
+    def _bind(
+        self, eqn: core.JaxprEqn, arrays: list[Any], **params: Any
+    ) -> list[Shard]:
+        out = eqn.primitive.bind(*arrays, **{**eqn.params, **params})
+        return [Shard(x) for x in (out if eqn.primitive.multiple_results else [out])]
+
+    def _gather_and_bind(
+        self, eqn: core.JaxprEqn, args: list[Shard]
+    ) -> list[Shard]:
+        for arg, atom in zip(args, eqn.invars, strict=True):
+            if arg.dim is not None:
+                self.gathered.append((eqn.primitive.name, atom.aval.shape))
+        return self._bind(eqn, [self._whole(arg) for arg in args])
+
+    def _whole(self, value: Shard) -> Array:
+        if value.dim is None:
+            return value.array
+        return self.shards.gather(value.array, value.dim, value.size)
+
+    def _align(self, value: Shard, dim: int) -> Array:
+        """Returns the piece of `value` along `dim`, whatever it was cut along."""
+        if value.dim == dim:
+            return value.array
+        return self.shards.cut(self._whole(value), dim)
+
+    def _elementwise(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
+        lead = next(arg for arg in args if arg.dim is not None)
+        assert lead.dim is not None
+        arrays = []
+        for arg in args:
+            shape = jnp.shape(arg.array)
+            # Scalars and dims of size 1 are broadcast, so they go with any piece.
+            broadcast = arg.dim is None and (not shape or shape[lead.dim] == 1)
+            arrays.append(arg.array if broadcast else self._align(arg, lead.dim))
+        outs = self._bind(eqn, arrays)
+        return [Shard(out.array, lead.dim, lead.size) for out in outs]
+
+    def _float_sum(self, value: Shard, dims: Sequence[int]) -> Shard:
+        """Sums floats to the same bits on any number of shards."""
+        across = value.dim in dims
+        x = value.array
+        if across:
+            assert value.dim is not None
+            x = self.shards.mask(x, value.dim, value.size, 0)
+        if not self.shards.exact:
+            total = jnp.sum(x, axis=tuple(dims))
+            total = self.shards.psum(total) if across else total
+        elif across:
+            total = exact_sum(
+                x, dims, pmax=self.shards.pmax, psum=self.shards.psum
+            ).astype(x.dtype)
+        else:
+            total = exact_sum(x, dims).astype(x.dtype)
+        if across or value.dim is None:
+            return Shard(total)
+        return Shard(total, _dim_after_reduction(value.dim, dims), value.size)
+
+    def _cond(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
+        """Translates the branches, then brings their results to one cut."""
+        index, *operands = args
+        branches = eqn.params["branches"]
+        # A first pass, whose results are dropped, learns how each branch cuts.
+        cuts = [
+            [(o.dim, o.size) for o in self._eval(b.jaxpr, b.consts, operands)]
+            for b in branches
+        ]
+        wanted = [
+            next((cut for cut in column if cut[0] is not None), (None, 0))
+            for column in zip(*cuts, strict=True)
+        ]
+
+        def run(branch: core.ClosedJaxpr, arrays: list[Array]) -> list[Array]:
+            values = [
+                dataclasses.replace(operand, array=array)
+                for operand, array in zip(operands, arrays, strict=True)
+            ]
+            outs = self._eval(branch.jaxpr, branch.consts, values)
+            return [
+                self._whole(out) if dim is None else self._align(out, dim)
+                for out, (dim, _) in zip(outs, wanted, strict=True)
+            ]
+
+        outs = lax.switch(
+            self._whole(index),
+            [lambda *arrays, b=b: run(b, list(arrays)) for b in branches],
+            *[operand.array for operand in operands],
+        )
+        return [
+            Shard(out, dim, size) for out, (dim, size) in zip(outs, wanted, strict=True)
+        ]
+
+
+def _cut_shape(eqn: core.JaxprEqn, args: list[Shard]) -> tuple[int, ...]:
+    """Returns the whole shape of the first operand that is cut."""
+    pairs = zip(args, eqn.invars, strict=True)
+    return next(atom.aval.shape for arg, atom in pairs if arg.dim is not None)
+
+
+def _is_float(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _inner_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns the body of an equation that merely wraps another function."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = eqn.params.get(name)
+        if body is None or eqn.primitive.name in ("while", "scan", "cond"):
+            continue
+        return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
+    return None
+
+
+def _dim_after_reduction(dim: int, reduced: Sequence[int]) -> int:
+    return dim - sum(d < dim for d in reduced)
+
+
+def _broadcast(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
+    dim = eqn.params["broadcast_dimensions"][x.dim]
+    shape = list(eqn.params["shape"])
+    shape[dim] = x.array.shape[x.dim]
+    out = lax.broadcast_in_dim(
+        x.array, tuple(shape), eqn.params["broadcast_dimensions"]
+    )
+    return Shard(out, dim, x.size)
+
+
+def _reshape(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
+    """Keeps the cut where the cut dim survives as it is."""
+    assert x.dim is not None
+    old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    before = math.prod(old[: x.dim])
+    for dim, size in enumerate(new):
+        if size == x.size and math.prod(new[:dim]) == before:
+            shape = (*new[:dim], x.array.shape[x.dim], *new[dim + 1 :])
+            return Shard(x.array.reshape(shape), dim, x.size)
+    return None
+
+
+def _squeeze(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
+    assert x.dim is not None
+    dims = eqn.params["dimensions"]
+    if x.dim in dims:
+        return None
+    return Shard(jnp.squeeze(x.array, dims), _dim_after_reduction(x.dim, dims), x.size)
+
+
+def _transpose(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
+    order = eqn.params["permutation"]
+    return Shard(lax.transpose(x.array, order), order.index(x.dim), x.size)
+
+
+def _reduce(
+    fill: Callable[[Any], Any], over_shards: Callable[[Shards, Array], Array]
+) -> Callable[[Localizer, core.JaxprEqn, Shard], Shard | None]:
+    """Makes the rule of a reduction that no order can change."""
+
+    def rule(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
+        assert x.dim is not None
+        dims, shards = eqn.params["axes"], localizer.shards
+        if x.dim not in dims:
+            [out] = localizer._bind(eqn, [x.array])
+            return Shard(out.array, _dim_after_reduction(x.dim, dims), x.size)
+        masked = shards.mask(x.array, x.dim, x.size, fill(x.array.dtype))
+        [out] = localizer._bind(eqn, [masked])
+        return Shard(over_shards(shards, out.array))
+
+    return rule
+
+
+def _lowest(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return -jnp.inf
+    return False if dtype == jnp.bool_ else jnp.iinfo(dtype).min
+
+
+def _highest(dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.inf
+    return True if dtype == jnp.bool_ else jnp.iinfo(dtype).max
+
+
+def _pmin(shards: Shards, x: Array) -> Array:
+    return x if shards.axis is None else lax.pmin(x, shards.axis)
+
+
+def _pany(shards: Shards, x: Array) -> Array:
+    return shards.pmax(x.astype(jnp.int32)).astype(x.dtype)
+
+
+def _pall(shards: Shards, x: Array) -> Array:
+    return _pmin(shards, x.astype(jnp.int32)).astype(x.dtype)
+
+
+_RULES: dict[str, Callable[[Localizer, core.JaxprEqn, Shard], Shard | None]] = {
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+    "reduce_sum": _reduce(lambda _: 0, lambda shards, x: shards.psum(x)),
+    "reduce_max": _reduce(_lowest, lambda shards, x: shards.pmax(x)),
+    "reduce_min": _reduce(_highest, _pmin),
+    "reduce_or": _reduce(lambda _: False, _pany),
+    "reduce_and": _reduce(lambda _: True, _pall),
+}

@@ -1,0 +1,102 @@
+"""Optax transformations from the `[optimizer]` table.
+
+Owns the translation of names and schedules, and nothing of the update itself. Its
+invariant: the learning rate is a function of the step alone; neither `train.steps`
+nor any number of devices enters. JAX is imported when something is built, not before.
+
+References:
+    Loshchilov & Hutter, Decoupled Weight Decay Regularization (ICLR 2019): adamw.
+    Chen et al., Symbolic Discovery of Optimization Algorithms (NeurIPS 2023): lion.
+    Shazeer & Stern, Adafactor (ICML 2018): adafactor.
+    You et al., Large Batch Optimization for Deep Learning (ICLR 2020): lamb.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from shardkit.config import OptimizerSection
+
+__all__ = ["build_optimizer", "build_schedule"]
+
+
+def build_optimizer(section: OptimizerSection) -> Any:
+    """Builds clipping, the optimizer, its schedule and its weight decay.
+
+    Args:
+        section: The `[optimizer]` table.
+
+    Returns:
+        An `optax.GradientTransformation`.
+
+    >>> tx = build_optimizer(OptimizerSection(name="lion", learning_rate=1e-4))
+    >>> sorted(tx._asdict())
+    ['init', 'update']
+    """
+    import optax
+
+    mask = _matrices if section.decay_mask == "matrices" else None
+    rate = build_schedule(section)
+    moments = {
+        name: getattr(section, name)
+        for name in ("b1", "b2")
+        if getattr(section, name) is not None
+    }
+    decay: dict[str, Any] = {"weight_decay": section.weight_decay, "mask": mask}
+    match section.name:
+        case "adamw":
+            update = optax.adamw(rate, **moments, **decay)
+        case "lion":
+            update = optax.lion(rate, **moments, **decay)
+        case "lamb":
+            update = optax.lamb(rate, **moments, **decay)
+        case "adafactor":
+            update = optax.adafactor(
+                rate,
+                momentum=section.momentum,
+                weight_decay_rate=section.weight_decay or None,
+                weight_decay_mask=mask,
+            )
+        case "sgd":
+            # The decay goes beside the momentum, not through it.
+            update = optax.chain(
+                optax.trace(section.momentum) if section.momentum else optax.identity(),
+                optax.add_decayed_weights(**decay),
+                optax.scale_by_learning_rate(rate),
+            )
+    if section.clip_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(section.clip_norm), update)
+
+
+def build_schedule(section: OptimizerSection) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step.
+
+    The warm-up begins above 0, so that step 0 trains, and reaches the peak at step
+    `warmup_steps`; the rest ends at `end_factor` times the peak, at `horizon_steps`.
+
+    >>> rate = build_schedule(OptimizerSection(
+    ...     learning_rate=1.0, schedule="linear", warmup_steps=1, horizon_steps=3))
+    >>> [float(rate(step)) for step in range(5)]
+    [0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+    import optax
+
+    peak, warmup = section.learning_rate, section.warmup_steps
+    steps = (section.horizon_steps or 0) - warmup
+    match section.schedule:
+        case "constant":
+            course = optax.constant_schedule(peak)
+        case "cosine":
+            course = optax.cosine_decay_schedule(peak, steps, alpha=section.end_factor)
+        case "linear":
+            course = optax.linear_schedule(peak, peak * section.end_factor, steps)
+    if not warmup:
+        return course
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, course], [warmup])
+
+
+def _matrices(params: Any) -> Any:
+    import jax
+
+    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)

@@ -1,0 +1,203 @@
+"""One run on one mesh: the programs, and where their arguments lie.
+
+Owns everything that is derived from a recipe plus a mesh. Invariant: it holds no
+state of the run, so it can be thrown away and derived again at any time. One SPMD
+path serves every device count: gather the parameters, run this device's
+microbatches, sum, update this device's pieces.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from shardkit.digest import tree_digest
+from shardkit.events import EventLog
+from shardkit.gradient import MicrobatchLoop
+from shardkit.keys import root_key
+from shardkit.layout import LeafLayout, state_shards
+from shardkit.localize import Localizer
+from shardkit.mesh import BATCH_AXES
+from shardkit.microbatch import Grid
+from shardkit.program import Program
+from shardkit.recipe import Recipe
+from shardkit.state import TrainState
+
+__all__ = ["Placement", "put"]
+
+
+class Placement:
+    """The programs of a run on one mesh.
+
+    Args:
+        recipe: What is computed.
+        layout: A `TrainState` of `LeafLayout`.
+        mesh: Where.
+        batch: The global batch, abstractly.
+        events: Where compilations are recorded.
+    """
+
+    def __init__(
+        self, recipe: Recipe, layout: Any, mesh: Mesh, batch: Any, events: EventLog
+    ) -> None:
+        self.recipe, self.layout, self.mesh = recipe, layout, mesh
+        self.grid = Grid(
+            recipe.num_microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+        )
+        self._shards = state_shards(mesh, exact=recipe.exact)
+        self._dims = jax.tree.map(lambda leaf: leaf.dim, layout)
+        self._abstract = jax.tree.map(lambda leaf: leaf.abstract, layout)
+        self._slots = jax.tree.map(self._abstract_slots, batch)
+        microbatch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self._slots
+        )
+        self._output, self._eval_output = recipe.output_structure(
+            self._abstract.params, microbatch
+        )
+        make = functools.partial(Program, exact=recipe.exact, events=events)
+        state_specs = jax.tree.map(lambda leaf: leaf.spec, layout)
+        whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
+        self.programs = {
+            "init": make(self._spmd(self._init, whole, state_specs), name="init"),
+            "step": make(
+                self._spmd(self._step, (state_specs, slots, whole), (state_specs, whole)),
+                name="step",
+                donate_argnums=(0,),
+            ),
+            "evaluate": make(
+                self._spmd(
+                    self._evaluate, (state_specs.params, slots, whole, whole), whole
+                ),
+                name="evaluate",
+            ),
+            "digest": make(self._digest, name="digest"),
+        }
+        self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
+
+    def init(self) -> TrainState:
+        """Computes the state before step 0."""
+        return self.programs["init"](self.root)
+
+    def compile_step(self) -> Callable[[TrainState, Any, PRNGKeyArray], Any]:
+        """Returns the executable `(state, slots, root) → (state, metrics)`."""
+        state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+        return self.programs["step"].compile(state, self._slots, self.root)
+
+    def evaluate(self, params: Any, slots: Any, step: int) -> dict[str, Array]:
+        """Computes loss, weight and metric sums of one batch, without a gradient."""
+        step_array = put(np.int32(step), NamedSharding(self.mesh, PartitionSpec()))
+        return self.programs["evaluate"](params, slots, self.root, step_array)
+
+    def digest(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Digests every leaf where it lies; path → four sums."""
+        rows = np.asarray(self.programs["digest"](state))
+        return {
+            leaf.path: row
+            for leaf, row in zip(jax.tree.leaves(self.layout), rows, strict=True)
+        }
+
+    def place_batch(self, batch: Any) -> Any:
+        """Cuts a global batch into microbatches and gives each device its own."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        num = self.recipe.num_microbatches
+
+        def place(x: Any) -> Array:
+            x = np.asarray(x)
+            return put(x.reshape(num, -1, *x.shape[1:])[self.grid.slots], sharding)
+
+        return jax.tree.map(place, batch)
+
+    def _abstract_slots(self, x: Any) -> jax.ShapeDtypeStruct:
+        num = self.recipe.num_microbatches
+        shape = (len(self.grid.slots), x.shape[0] // num, *x.shape[1:])
+        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _spmd(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def _loop(self, loss: Callable[..., Any], output: Any) -> MicrobatchLoop:
+        return MicrobatchLoop(
+            loss, output, self.mesh, self.recipe.num_microbatches, self.recipe.exact
+        )
+
+    def _gather(self, params: Any) -> Any:
+        def gather(x: Array, leaf: LeafLayout) -> Array:
+            if leaf.dim < 0:
+                return x
+            return self._shards.gather(x, leaf.dim, leaf.shape[leaf.dim])
+
+        whole = jax.tree.map(gather, params, self.layout.params)
+        # What follows must see parameters, not slices of a gathered buffer.
+        return lax.optimization_barrier(whole)
+
+    def _init(self, root: PRNGKeyArray) -> TrainState:
+        state = lax.optimization_barrier(self.recipe.first_state(root))
+        return jax.tree.map(
+            lambda x, leaf: x if leaf.dim < 0 else self._shards.cut(x, leaf.dim),
+            state,
+            self.layout,
+        )
+
+    def _step(
+        self, state: TrainState, slots: Any, root: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        loop = self._loop(self.recipe.loss, self._output)
+        out, grads, grad_exponent, passes = loop.gradient(
+            self._gather(state.params),
+            slots,
+            root,
+            state.step,
+            self._dims.params,
+            grad_exponent=state.grad_exponent,
+            loss_scale=state.loss_scale and state.loss_scale[0],
+        )
+        abstract, dims = self._abstract, self._dims
+        localizer = Localizer(self._shards)
+        (state, metrics), (new_dims, _) = localizer(
+            self.recipe.update,
+            (state, grads, grad_exponent),
+            (dims, dims.params, dims.grad_exponent),
+            (abstract, abstract.params, abstract.grad_exponent),
+        )
+        state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
+        metrics |= {name: x / out.weight for name, x in out.metrics.items()}
+        return state, metrics | {
+            "loss": out.loss_sum / out.weight,
+            "weight": out.weight,
+            "gradient_passes": passes,
+        }
+
+    def _evaluate(
+        self, params: Any, slots: Any, root: PRNGKeyArray, step: Array
+    ) -> dict[str, Array]:
+        loss = self.recipe.eval_loss or self.recipe.loss
+        out = self._loop(loss, self._eval_output).evaluate(
+            self._gather(params), slots, root, step
+        )
+        return {"loss": out.loss_sum, "weight": out.weight, **out.metrics}
+
+    def _digest(self, state: TrainState) -> Array:
+        rows = tree_digest(state, self.layout)
+        return lax.with_sharding_constraint(
+            rows, NamedSharding(self.mesh, PartitionSpec())
+        )
+
+
+def put(x: Any, sharding: NamedSharding) -> Array:
+    """Places a value that every process has on a mesh."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key):
+        data = put(np.asarray(jax.random.key_data(x)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(np.shape(x), sharding, lambda i: x[i])

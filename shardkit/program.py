@@ -1,0 +1,109 @@
+"""Lowering, compiling and keeping programs, one per placement.
+
+Owns the executables. An executable is bound to its ordered devices, so it is kept
+under (device ids, mesh, abstract arguments), and coming back to a placement compiles
+nothing. In exact mode the lowered module is brought to a canonical form first.
+
+The canonical form matters because XLA removes duplicate expressions while it
+partitions a program over several devices, but not for a single one; the simplifier
+then sees other shapes of the same arithmetic and other bits come out. Removing
+duplicates before compiling shows every device count the same text. This is the one
+place that reaches into MLIR; `tests/test_program.py` says for which versions.
+"""
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxlib.mlir import passmanager
+
+from shardkit.events import EventLog
+
+__all__ = ["Program", "remove_duplicates"]
+
+
+def remove_duplicates(lowered: jax.stages.Lowered) -> None:
+    """Removes duplicate expressions from a lowered module, in place."""
+    module: Any = lowered.compiler_ir("stablehlo")
+    with module.context:
+        pipeline = passmanager.PassManager.parse("builtin.module(func.func(cse),cse)")
+        pipeline.run(module.operation)
+
+
+class Program:
+    """A function that is compiled anew for every placement of its arguments.
+
+    Args:
+        fn: A function of arrays.
+        name: What events call it.
+        donate_argnums: Positions of the arguments whose memory it may reuse.
+        exact: Whether to canonicalise before compiling.
+        events: Where `compile` phases are recorded.
+
+    Attributes:
+        counts: `"trace"` and `"compile"`: how often each was done.
+
+    Example:
+        >>> double = Program(lambda x: x * 2)
+        >>> float(double(jax.numpy.ones(()))), float(double(jax.numpy.ones(())))
+        (2.0, 2.0)
+        >>> double.counts["compile"]
+        1
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        name: str = "program",
+        donate_argnums: tuple[int, ...] = (),
+        exact: bool = True,
+        events: EventLog | None = None,
+    ) -> None:
+        self._name = name
+        self._exact = exact
+        self._events = events or EventLog()
+        self._lock = threading.Lock()
+        self._executables: dict[Any, jax.stages.Compiled] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+
+        def counted(*args: Any) -> Any:
+            self.counts["trace"] += 1
+            return fn(*args)
+
+        counted.__name__ = counted.__qualname__ = name
+        self._jitted = jax.jit(counted, donate_argnums=donate_argnums)
+
+    def compile(self, *args: Any) -> jax.stages.Compiled:
+        """Returns the executable for arguments placed like `args`.
+
+        Args:
+            *args: Arrays, or `jax.ShapeDtypeStruct` with shardings.
+        """
+        key = _placement_key(args)
+        with self._lock:
+            if key not in self._executables:
+                with self._events.phase("compile", program=self._name):
+                    lowered = self._jitted.lower(*args)
+                    if self._exact:
+                        remove_duplicates(lowered)
+                    self.counts["compile"] += 1
+                    self._executables[key] = lowered.compile()
+            return self._executables[key]
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program where its arguments are."""
+        return self.compile(*args)(*args)
+
+
+def _placement_key(args: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(args)
+    return treedef, tuple(_leaf_key(leaf) for leaf in leaves)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    # A NamedSharding compares by its mesh, and a mesh by its ordered devices.
+    return jnp.shape(leaf), getattr(leaf, "dtype", None), getattr(leaf, "sharding", None)

@@ -1,0 +1,250 @@
+"""A training run, apart from any device: what is computed, never where.
+
+Owns the logical run: its first state, its update, and which dim of every leaf of its
+state is cut. Invariant: nothing here depends on a mesh. The update is written for
+whole arrays; `placement` carries it out on pieces.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import PRNGKeyArray
+
+from shardkit.axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
+from shardkit.errors import PartitionError
+from shardkit.exact_sum import INITIAL_EXPONENT
+from shardkit.keys import stream
+from shardkit.localize import Localizer
+from shardkit.model import as_loss_output
+from shardkit.shards import Shards
+from shardkit.state import TrainState, make_layout
+from shardkit.tree import format_table, named_leaves
+
+__all__ = ["LossScale", "Recipe"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """Scales the loss so that half-precision gradients do not vanish.
+
+    A step whose gradient is not finite is skipped and the scale falls; after
+    `growth_interval` good steps it grows.
+
+    Attributes:
+        initial: The first scale.
+        factor: By how much it falls and grows; a power of two keeps bits.
+        growth_interval: Good steps before it grows; None keeps it fixed.
+
+    References:
+        Micikevicius et al., Mixed Precision Training (ICLR 2018).
+    """
+
+    initial: float = 2.0**15
+    factor: float = 2.0
+    growth_interval: int | None = 2000
+
+    def first(self) -> tuple[Array, Array]:
+        """The scale, and zero good steps."""
+        return jnp.float32(self.initial), jnp.int32(0)
+
+    def next(self, current: tuple[Array, Array], finite: Array) -> tuple[Array, Array]:
+        """The scale after a step whose gradient was `finite`."""
+        if self.growth_interval is None:
+            return current
+        scale, good = current
+        grows = good + 1 >= self.growth_interval
+        grown = jnp.where(grows, scale * self.factor, scale)
+        good = jnp.where(grows, 0, good + 1)
+        fallen = jnp.maximum(scale / self.factor, 1)
+        return jnp.where(finite, grown, fallen), jnp.where(finite, good, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run computes.
+
+    Attributes:
+        init: `key → params`, annotated or not.
+        loss: `(params, microbatch, key) → scalar or LossOutput`.
+        tx: Any optax transformation.
+        num_microbatches: Into how many equal parts the global batch is cut.
+        seed: The seed of everything random.
+        eval_loss: The loss for evaluation; None for `loss`.
+        exact: Whether the device count may leave no trace.
+        ema: Decay of a moving average of the parameters, or None.
+        loss_scale: How the loss is scaled, or None.
+    """
+
+    init: Callable[[Any], Any]
+    loss: Callable[[Any, Any, Any], Any]
+    tx: optax.GradientTransformation
+    num_microbatches: int
+    seed: int = 0
+    eval_loss: Callable[[Any, Any, Any], Any] | None = None
+    exact: bool = True
+    ema: float | None = None
+    loss_scale: LossScale | None = None
+
+    def first_state(self, root: PRNGKeyArray) -> TrainState:
+        """Computes the state before step 0, whole."""
+        params = strip(self.init(stream(root, "init")))
+        exponent = jnp.int32(INITIAL_EXPONENT)
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.tx.init(params),
+            ema=params if self.ema is not None else None,
+            grad_exponent=jax.tree.map(lambda _: exponent, params)
+            if self.exact
+            else None,
+            loss_scale=self.loss_scale.first() if self.loss_scale else None,
+        )
+
+    def update(
+        self, state: TrainState, grads: Any, grad_exponent: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Applies one gradient; written for whole arrays.
+
+        Returns:
+            The next state, and the norm of the gradient.
+        """
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if self.ema is not None:
+            decay = self.ema
+            ema = jax.tree.map(
+                lambda e, p: (decay * e + (1 - decay) * p).astype(p.dtype), ema, params
+            )
+        norm = optax.global_norm(grads)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            grad_exponent=grad_exponent,
+            loss_scale=state.loss_scale,
+        )
+        if self.loss_scale is not None:
+            finite = jnp.isfinite(norm)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+            scale = self.loss_scale.next(state.loss_scale, finite)
+            new = dataclasses.replace(
+                new, step=state.step + 1, loss_scale=scale, grad_exponent=grad_exponent
+            )
+        return new, {"grad_norm": norm}
+
+    def layout(
+        self,
+        axis_rules: AxisRules,
+        *,
+        path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
+        strict: bool = False,
+    ) -> tuple[Any, list[str]]:
+        """Decides which dim of every leaf of the state is cut.
+
+        Parameters follow their annotations. The optimizer's state follows the
+        update itself: a leaf is cut where the update leaves its new value cut, so
+        moments follow their parameters and factored moments their dims.
+
+        Returns:
+            A `TrainState` of `LeafLayout`, and warnings.
+
+        Raises:
+            PartitionError: If the annotations or rules do not fit.
+            InexactError: If the optimizer cannot be exact.
+        """
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        annotated = jax.eval_shape(self.init, key)
+        names = leaf_axes(annotated, path_rules)
+        used = {name for leaf in names if leaf for name in leaf if name}
+        warnings = check_rules(axis_rules, used, strict=strict)
+        abstract = jax.eval_shape(self.first_state, key)
+        leaves = named_leaves(abstract.params)
+        _check_dtypes(leaves)
+        param_dims = jax.tree.structure(abstract.params).unflatten(
+            sharded_dims(
+                [path for path, _ in leaves],
+                [leaf.shape for _, leaf in leaves],
+                names,
+                axis_rules,
+                strict=strict,
+            )
+        )
+        dims = jax.tree.map(lambda _: -1, abstract)
+        dims = dataclasses.replace(
+            dims, params=param_dims, ema=None if self.ema is None else param_dims
+        )
+        return make_layout(abstract, self._settle(abstract, dims)), warnings
+
+    def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
+        """Cuts the optimizer's state as its own update does, until nothing changes."""
+        found: Any = dims
+
+        def trace(state: Any, grads: Any, exponent: Any) -> Any:
+            nonlocal found
+            args = (state, grads, exponent)
+            exponent_dims = dims.grad_exponent
+            out, (new_dims, _) = Localizer(Shards(exact=self.exact))(
+                self.update, args, (dims, dims.params, exponent_dims), args_shapes
+            )
+            found = new_dims
+            return out
+
+        args_shapes = (abstract, abstract.params, abstract.grad_exponent)
+        while True:
+            jax.eval_shape(trace, *args_shapes)
+            if found.opt_state == dims.opt_state:
+                return dims
+            dims = dataclasses.replace(dims, opt_state=found.opt_state)
+
+    def output_structure(self, params: Any, microbatch: Any) -> tuple[Any, Any]:
+        """Returns the structure of what `loss` and `eval_loss` return.
+
+        Args:
+            params: Abstract parameters.
+            microbatch: An abstract microbatch.
+
+        Raises:
+            PartitionError: If a loss returns anything but scalars.
+        """
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        structures = []
+        for name, loss in (("loss", self.loss), ("eval_loss", self.eval_loss)):
+            if loss is None:
+                structures.append(structures[0])
+                continue
+            out = jax.eval_shape(
+                lambda *args, loss=loss: as_loss_output(loss(*args)),
+                params,
+                microbatch,
+                key,
+            )
+            bad = [(path, str(x.shape)) for path, x in named_leaves(out) if x.shape]
+            if bad:
+                raise PartitionError(
+                    f"{name} must return scalars (sums over its microbatch), found\n"
+                    + format_table(bad)
+                )
+            structures.append(jax.tree.structure(out))
+        return structures[0], structures[1]
+
+
+def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:
+    """Refuses parameters that no exact gradient exists for."""
+    bad = [
+        (path, str(leaf.dtype))
+        for path, leaf in leaves
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize > 4
+    ]
+    if bad:
+        raise PartitionError(
+            "params must be floats of at most 32 bits; found\n"
+            + format_table(bad)
+            + "\nKeep counters and keys out of params, and cast float64 to float32."
+        )

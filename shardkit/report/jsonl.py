@@ -1,0 +1,187 @@
+"""The lines of `metrics.jsonl`.
+
+Owns their format and the file. Its invariant: each step stands once, in a file whose
+every line is whole, also after a process died while writing, a run was resumed from
+an earlier step, or steps were repeated because a device was lost.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+__all__ = [
+    "MetricsFile",
+    "StepLike",
+    "eval_record",
+    "read_records",
+    "reconfigure_record",
+    "step_record",
+    "write_atomically",
+]
+
+_RECONFIGURE_FIELDS = (
+    "step",
+    "from_devices",
+    "to_devices",
+    "from_mesh",
+    "to_mesh",
+    "bytes_moved",
+    "phases_s",
+    "certified",
+)
+
+
+class StepLike(Protocol):
+    """What a report wants to know of a step; `sk.StepMetrics` has it."""
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 0."""
+        ...
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the global batch."""
+        ...
+
+    @property
+    def loss_bits(self) -> str:
+        """Its float32 as 8 hex digits."""
+        ...
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that computed it."""
+        ...
+
+    @property
+    def mesh(self) -> Mapping[str, int]:
+        """Mesh axes larger than 1, with their sizes."""
+        ...
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that it took."""
+        ...
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second; None where data has no tokens."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Whatever else was measured."""
+        ...
+
+
+def step_record(metrics: StepLike) -> dict[str, Any]:
+    """Returns the line of a step: which loss, to the bit, on which devices.
+
+    A loss that is not finite, which JSON cannot write, is null; its bits remain.
+    """
+    return {
+        "step": metrics.step,
+        "loss": metrics.loss if math.isfinite(metrics.loss) else None,
+        "loss_bits": metrics.loss_bits,
+        "num_devices": metrics.num_devices,
+        "mesh": dict(metrics.mesh),
+        "step_s": metrics.step_s,
+        "tokens_per_s": metrics.tokens_per_s,
+    }
+
+
+def reconfigure_record(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the line of a change of devices."""
+    return {
+        "event": "reconfigure",
+        **{name: fields[name] for name in _RECONFIGURE_FIELDS},
+    }
+
+
+def eval_record(step: int, loss: float) -> dict[str, Any]:
+    """Returns the line of an evaluation."""
+    return {"event": "eval", "step": step, "loss": loss}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines of a metrics file, without one that was torn while written.
+
+    Returns:
+        The lines in order; none if there is no file.
+    """
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+class MetricsFile:
+    """A metrics file being appended to; each line is on disk's way at once.
+
+    Args:
+        path: The file; made if it is missing.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        # Cuts a torn line, which the next one would otherwise be glued to.
+        lines = _whole_lines(path) if path.exists() else []
+        write_atomically(path, "".join(lines))
+        self._last_step = max(
+            (r["step"] for r in map(json.loads, lines) if "event" not in r), default=-1
+        )
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes a line; one that goes back in time first cuts what it repeats."""
+        kind, step = record.get("event"), record["step"]
+        # Steps are written late, so a change may stand before the steps that led to
+        # it, but it never follows the step that it precedes, unless steps repeat.
+        if kind in (None, "reconfigure") and step <= self._last_step:
+            self.truncate(step)
+        if kind is None:
+            self._last_step = step
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate(self, step: int) -> None:
+        """Cuts every line of a step from `step` on, in one atomic move."""
+        self._file.close()
+        kept = [
+            line for line in _whole_lines(self.path) if json.loads(line)["step"] < step
+        ]
+        write_atomically(self.path, "".join(kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._last_step = min(self._last_step, step - 1)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file, or leaves it as it was; never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not (lines[-1].endswith(b"\n") and _is_json(lines[-1])):
+        lines.pop()
+    return [line.decode() for line in lines]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,155 @@
+"""One run, reported to everything that shows or keeps it."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit.events import Event
+from shardkit.report.jsonl import (
+    MetricsFile,
+    StepLike,
+    eval_record,
+    read_records,
+    reconfigure_record,
+    step_record,
+)
+from shardkit.report.picture import write_picture
+from shardkit.report.run_dir import RunDirectory
+from shardkit.report.summary import summary_rows
+from shardkit.report.tensorboard import TensorBoard
+from shardkit.report.terminal import Terminal, format_reconfigure
+
+__all__ = ["Report"]
+
+_OPTIONAL = {"tensorboardX": "TensorBoard events", "matplotlib": "a picture"}
+
+
+class Report:
+    """Hands steps and events to the terminal, the run's directory and TensorBoard.
+
+    A context manager; leaving it closes every file, after an error too.
+
+    Args:
+        directory: Where the run writes.
+        terminal: Where it speaks.
+        label: What to call the run.
+        extras: Whether to write TensorBoard events and a picture.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        terminal: Terminal,
+        *,
+        label: str = "train",
+        extras: bool = True,
+    ):
+        self.directory = directory
+        self.terminal = terminal
+        self.label = label
+        self.saved_step: int | None = None
+        """The step of the newest checkpoint of this process."""
+        self.evals: dict[int, float] = {}
+        """Losses of the evaluations of this process, by step."""
+        self._extras = extras
+        self._metrics: MetricsFile | None = None
+        self._tensorboard: TensorBoard | None = None
+
+    def begin(self, first_step: int) -> None:
+        """Opens the files, once it is sure that the run can start.
+
+        Args:
+            first_step: Where this process begins; what was written of that step and
+                later ones is cut.
+        """
+        config = self.directory.config
+        self.directory.prepare()
+        self._metrics = MetricsFile(self.directory.metrics)
+        self._metrics.truncate(first_step)
+        if self._extras:
+            self._say_what_is_missing()
+            if importlib.util.find_spec("tensorboardX"):
+                self._tensorboard = TensorBoard(self.directory.tensorboard, first_step)
+        self.terminal.begin(
+            first_step,
+            config.train.steps,
+            label=self.label,
+            every=config.train.log_every,
+        )
+
+    def step(self, metrics: StepLike) -> None:
+        """Reports a step."""
+        assert self._metrics is not None, "begin comes first"
+        self._metrics.append(step_record(metrics))
+        self.terminal.step(metrics)
+        if self._tensorboard:
+            self._tensorboard.step(metrics)
+
+    def event(self, event: Event) -> None:
+        """Reports an event; subscribe it to the run's log."""
+        fields = event.fields
+        if event.name == "notice":
+            self.terminal.line(fields["message"], style="yellow")
+        elif event.name == "checkpoint":
+            self.saved_step = fields["step"]
+        elif event.name == "reconfigure":
+            self.terminal.line(format_reconfigure(fields), style="bold cyan")
+            self._keep(reconfigure_record(fields))
+        elif event.name == "eval":
+            step, loss = fields["step"], fields["loss"]
+            self.evals[step] = loss
+            self.terminal.line(f"step {step}: validation loss {loss:.4f}")
+            self._keep(eval_record(step, loss))
+            if self._tensorboard:
+                self._tensorboard.evaluation(step, loss)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Writes the summary, then all that can be drawn from the run."""
+        self.directory.write_summary(summary)
+        self.terminal.end()
+        if self._extras:
+            self.draw()
+        rows = {**summary_rows(summary), "directory": str(self.directory.path)}
+        self.terminal.table(self.label, rows)
+
+    def draw(self, twin: Path | None = None) -> None:
+        """Draws the picture, over that of a twin's metrics if there are any."""
+        if not importlib.util.find_spec("matplotlib"):
+            return
+        try:
+            write_picture(
+                self.directory.picture,
+                read_records(self.directory.metrics),
+                twin=read_records(twin) if twin else (),
+                title=self.directory.path.name,
+            )
+        except Exception as error:  # the run is whole and saved; this is decoration
+            self.terminal.line(f"no picture: {error}", style="yellow")
+
+    def close(self) -> None:
+        """Closes everything; a second call does nothing."""
+        self.terminal.end()
+        for file in (self._metrics, self._tensorboard):
+            if file is not None:
+                file.close()
+        self._metrics = self._tensorboard = None
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _keep(self, record: Mapping[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.append(record)
+
+    def _say_what_is_missing(self) -> None:
+        missing = [n for n in _OPTIONAL if importlib.util.find_spec(n) is None]
+        if missing:
+            self.terminal.line(
+                f"without {' and '.join(_OPTIONAL[name] for name in missing)}; "
+                f"these need {' and '.join(missing)}",
+                style="yellow",
+            )

@@ -1,0 +1,149 @@
+"""The directory of a run: whether it may be used, and what lies where in it.
+
+Owns the rules of `--out` and `--resume`. Its invariant: nothing that a run has saved
+is ever overwritten by another run. It knows where checkpoints lie and reads none.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit.config import RunConfig, differences, load, to_toml
+from shardkit.errors import ConfigError
+from shardkit.report.jsonl import write_atomically
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """Where one run writes.
+
+    Attributes:
+        path: The directory.
+        config: The config of the run.
+        resumes: Whether the directory holds the beginning of this run.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, *, resumes: bool):
+        self.path = path
+        self.config = config
+        self.resumes = resumes
+
+    @classmethod
+    def open(
+        cls, out: Path | None, config: RunConfig, *, stem: str, resume: bool
+    ) -> "RunDirectory":
+        """Checks that the directory may be used; a default one is made at once.
+
+        As a context manager, a directory in which nothing was written goes again.
+
+        Args:
+            out: The directory, or None for the first `runs/<stem>-<number>` that
+                does not exist.
+            config: The config of the run.
+            stem: Name of the config.
+            resume: Whether to go on with what is there.
+
+        Raises:
+            ConfigError: If it is not empty and `resume` is false, is no directory of
+                a run, or of a run with another config; lists every key that differs.
+        """
+        if out is None:
+            return cls(_claim(stem), config, resumes=False)
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out {out}: expected a directory, found a file")
+        if not out.exists() or not any(out.iterdir()):
+            return cls(out, config, resumes=False)
+        if not resume:
+            raise ConfigError(
+                f"--out {out}: the directory is not empty; "
+                "add --resume to go on with its run, or choose another"
+            )
+        _check_same_run(out, config)
+        return cls(out, config, resumes=True)
+
+    @property
+    def metrics(self) -> Path:
+        """The file of steps and events."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The directory of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def picture(self) -> Path:
+        """The picture of the loss."""
+        return self.path / "loss.png"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint was ever begun here."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a summary says that the run got as far as its config asks."""
+        return self.summary().get("steps", -1) >= self.config.train.steps
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in (self.checkpoints, self.path):
+            # Fails, as it should, on a directory that is not empty or not there.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+    def prepare(self) -> None:
+        """Makes the directory and writes the resolved config."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "config.toml", to_toml(self.config))
+
+    def summary(self) -> dict[str, Any]:
+        """Reads the summary; empty if there is none."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces the summary in one atomic move."""
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(self.path / "summary.json", text)
+
+
+def _claim(stem: str) -> Path:
+    """Makes the first `runs/<stem>-<number>` that nobody else has made."""
+    for number in itertools.count(1):
+        path = Path("runs") / f"{stem}-{number:03d}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("numbers do not end")
+
+
+def _check_same_run(out: Path, config: RunConfig) -> None:
+    saved_path = out / "config.toml"
+    if not saved_path.exists():
+        raise ConfigError(
+            f"--out {out}: neither empty nor the directory of a run, which would have "
+            "a config.toml; choose another"
+        )
+    changed = differences(load(saved_path), config)
+    if changed:
+        rows = "\n".join(
+            f"  {key}: {old!r} there, {new!r} asked for"
+            for key, (old, new) in changed.items()
+        )
+        raise ConfigError(
+            f"--resume: {out} holds the run of another config:\n{rows}\n"
+            "Ask for what is there, or choose another --out for a new run."
+        )

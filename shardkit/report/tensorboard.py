@@ -1,0 +1,52 @@
+"""Scalars for TensorBoard, through the optional package tensorboardX."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from shardkit.report.jsonl import StepLike
+
+__all__ = ["TensorBoard"]
+
+
+class TensorBoard:
+    """Writes event files.
+
+    Args:
+        directory: Where they go.
+        first_step: Where this process begins; what an earlier one wrote of that step
+            and later ones is hidden.
+
+    Raises:
+        ImportError: If tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: Path, first_step: int = 0):
+        import tensorboardX
+
+        self._writer = tensorboardX.SummaryWriter(
+            logdir=str(directory), purge_step=first_step or None
+        )
+
+    def step(self, metrics: StepLike) -> None:
+        """Writes the scalars of a step."""
+        scalars = {
+            "train/loss": metrics.loss,
+            "devices/count": metrics.num_devices,
+            "time/step_s": metrics.step_s,
+            **{f"train/{name}": value for name, value in metrics.metrics.items()},
+        }
+        if metrics.tokens_per_s is not None:
+            scalars["time/tokens_per_s"] = metrics.tokens_per_s
+        self._write(scalars, metrics.step)
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Writes the loss of an evaluation."""
+        self._write({"eval/loss": loss}, step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+    def _write(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)

@@ -1,0 +1,156 @@
+"""What a run says on the terminal.
+
+Owns the live progress bar, the lines of changes, and the closing table. Where the
+output is not a terminal it writes plain lines, about one per tenth of the run. It
+decides nothing and keeps nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from shardkit.report.jsonl import StepLike
+
+__all__ = ["Terminal", "format_bytes", "format_mesh", "format_reconfigure"]
+
+
+def format_mesh(mesh: Mapping[str, int]) -> str:
+    """Writes the axes larger than 1.
+
+    >>> format_mesh({"data": 2, "fsdp": 4}), format_mesh({})
+    ('data=2 fsdp=4', 'single device')
+    """
+    axes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
+    return " ".join(axes) or "single device"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Writes a size with three digits.
+
+    >>> format_bytes(512), format_bytes(3_400_000)
+    ('512 B', '3.24 MiB')
+    """
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        num_bytes /= 1024
+        # From 1000 on, three digits would be written with an exponent.
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+    return f"{num_bytes / 1024:.3g} TiB"
+
+
+def format_reconfigure(fields: Mapping[str, Any]) -> str:
+    """Writes one change of devices in a line."""
+    verdict = {True: "certified", False: "NOT CERTIFIED", None: "uncertified"}
+    return (
+        f"step {fields['step']}: {fields['from_devices']} -> {fields['to_devices']} "
+        f"devices ({format_mesh(fields['from_mesh'])} -> "
+        f"{format_mesh(fields['to_mesh'])}), "
+        f"{format_bytes(fields['bytes_moved'])} moved, "
+        f"{sum(fields['phases_s'].values()):.2f} s, {verdict[fields['certified']]}"
+    )
+
+
+class Terminal:
+    """Shows a run from `begin` to `end`.
+
+    Args:
+        console: Where to; standard output if None.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._num_steps = 0
+        self._every = 1
+
+    def begin(
+        self, first_step: int, num_steps: int, *, label: str, every: int | None = None
+    ) -> None:
+        """Starts the progress bar.
+
+        Args:
+            first_step: Where this process begins.
+            num_steps: The step at which the run ends.
+            label: What is running.
+            every: Steps between plain lines; None is a tenth of what is to be done.
+        """
+        self._num_steps = num_steps
+        self._every = every or max(1, (num_steps - first_step) // 10)
+        if not self.console.is_terminal:
+            self.line(f"{label}: steps {first_step} to {num_steps}")
+            return
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("[cyan]{task.fields[loss]}"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("[green]{task.fields[mesh]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._progress.add_task(
+            label,
+            total=num_steps,
+            completed=first_step,
+            loss="compiling",
+            speed="",
+            mesh="",
+        )
+        self._progress.start()
+
+    def step(self, metrics: StepLike) -> None:
+        """Shows a step."""
+        speed = metrics.tokens_per_s
+        shown: dict[str, Any] = {
+            "loss": f"loss {metrics.loss:.4f}",
+            "speed": "" if speed is None else f"{speed:,.0f} tokens/s",
+            "mesh": format_mesh(metrics.mesh),
+        }
+        done = metrics.step + 1
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=done, **shown)
+        elif done % self._every == 0 or done == self._num_steps:
+            width = len(str(self._num_steps))
+            words = [word for word in shown.values() if word]
+            self.line(f"{done:>{width}}/{self._num_steps}  " + "  ".join(words))
+
+    def line(self, text: str, *, style: str = "") -> None:
+        """Writes a line, above the progress bar if there is one."""
+        # soft_wrap: a pipe has no width to break lines at.
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """Writes names and values, in a table where there is a terminal."""
+        if not self.console.is_terminal:
+            width = max(map(len, rows), default=0)
+            self.line(title)
+            for name, value in rows.items():
+                self.line(f"  {name:<{width}}  {value}")
+            return
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, Text(value))
+        self.console.print(table)
+
+    def end(self) -> None:
+        """Takes the progress bar away; a second call does nothing."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

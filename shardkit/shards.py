@@ -1,0 +1,74 @@
+"""Pieces of an array along one mesh axis, as seen from inside `shard_map`.
+
+Owns the cutting rule: a dim is cut into equal pieces, the last ones zero-padded
+where the count does not divide it. Invariant: joining the pieces and dropping the
+padding gives back the array. It decides neither which dim is cut nor on what mesh.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+__all__ = ["Shards", "pad_dim"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """How the leaves of a state are cut: into `count` pieces along one mesh axis.
+
+    Attributes:
+        axis: The mesh axis, or None outside `shard_map`, where nothing is cut.
+        count: The size of that axis.
+        exact: False lets float sums be taken as they come.
+    """
+
+    axis: str | None = None
+    count: int = 1
+    exact: bool = True
+
+    def piece(self, size: int) -> int:
+        """Returns the physical size of one piece of a dim of `size`."""
+        return -(-size // self.count)
+
+    def gather(self, x: Array, dim: int, size: int) -> Array:
+        """Joins the pieces of `dim` and drops the padding."""
+        if self.axis is not None:
+            x = lax.all_gather(x, self.axis, axis=dim, tiled=True)
+        return lax.slice_in_dim(x, 0, size, axis=dim)
+
+    def cut(self, x: Array, dim: int) -> Array:
+        """Takes this device's piece of a whole array, zero-padded."""
+        size = x.shape[dim]
+        piece = self.piece(size)
+        x = pad_dim(x, dim, piece * self.count)
+        if self.axis is None:
+            return x
+        start = lax.axis_index(self.axis) * piece
+        return lax.dynamic_slice_in_dim(x, start, piece, axis=dim)
+
+    def mask(self, x: Array, dim: int, size: int, fill: Any) -> Array:
+        """Overwrites the padding of a piece with `fill`."""
+        if self.axis is None or self.count * x.shape[dim] == size:
+            return x
+        index = lax.broadcasted_iota(jnp.int32, x.shape, dim)
+        index = index + lax.axis_index(self.axis) * x.shape[dim]
+        return jnp.where(index < size, x, jnp.asarray(fill, x.dtype))
+
+    def pmax(self, x: Array) -> Array:
+        """Maximum over the pieces."""
+        return x if self.axis is None else lax.pmax(x, self.axis)
+
+    def psum(self, x: Array) -> Array:
+        """Sum over the pieces."""
+        return x if self.axis is None else lax.psum(x, self.axis)
+
+
+def pad_dim(x: Array, dim: int, size: int) -> Array:
+    """Appends zeros to `dim` up to `size`."""
+    if x.shape[dim] == size:
+        return x
+    pad = [(0, 0)] * x.ndim
+    pad[dim] = (0, size - x.shape[dim])
+    return jnp.pad(x, pad)

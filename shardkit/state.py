@@ -1,0 +1,56 @@
+"""The state of a training run, apart from where it is.
+
+Owns `TrainState` and the layout of each of its leaves. Invariant: every leaf is a
+global array; nothing in it names a device or a mesh. It computes no updates.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from shardkit.layout import LeafLayout
+from shardkit.tree import map_named
+
+__all__ = ["TrainState", "make_layout"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+        step: How many steps are done; the next step's index. int32 scalar.
+        params: The user's tree.
+        opt_state: The optimizer's tree.
+        ema: The moving average of the parameters, or None.
+        grad_exponent: Per parameter leaf, the grid on which its gradient is summed;
+            int32 scalars. None in fast mode.
+        loss_scale: `(scale, number of good steps)`, or None.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    ema: Any = None
+    grad_exponent: Any = None
+    loss_scale: Any = None
+
+
+def make_layout(abstract: TrainState, dims: Any) -> Any:
+    """Pairs every leaf of an abstract state with the dim along which it is cut.
+
+    Args:
+        abstract: A state of `jax.ShapeDtypeStruct`.
+        dims: A tree like it, of ints; -1 for whole.
+
+    Returns:
+        A tree like it, of `LeafLayout`.
+    """
+    return map_named(
+        lambda path, x, dim: LeafLayout(path, tuple(x.shape), x.dtype, dim),
+        abstract,
+        dims,
+    )

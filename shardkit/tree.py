@@ -1,0 +1,63 @@
+"""Pytrees as lists of named leaves.
+
+Owns the one spelling of a leaf's path (`params/blocks/0/kernel`), used by error
+messages, digests, rules and checkpoints alike. It knows nothing of devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+__all__ = ["format_table", "leaf_paths", "map_named", "named_leaves", "path_string"]
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Spells a JAX key path as `a/b/0`.
+
+    Example:
+        >>> paths = jax.tree_util.tree_flatten_with_path({"a": [1, 2]})[0]
+        >>> [path_string(path) for path, _ in paths]
+        ['a/0', 'a/1']
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """Lists `(path, leaf)` in flattening order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return [(path_string(path), leaf) for path, leaf in leaves]
+
+
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """Replaces every leaf by its path."""
+    return map_named(lambda path, _: path, tree, is_leaf=is_leaf)
+
+
+def map_named(
+    fn: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """Maps `fn(path, leaf, *rest_leaves)` over a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(path_string(path), *leaves),
+        tree,
+        *rest,
+        is_leaf=is_leaf,
+    )
+
+
+def format_table(rows: list[tuple[str, ...]]) -> str:
+    """Aligns rows of strings into indented columns, for error messages."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,344 @@
+import dataclasses
+import importlib.util
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from shardkit.config import from_dict
+from shardkit.errors import ConfigError
+from shardkit.events import EventLog
+from shardkit.report import (
+    MetricsFile,
+    Report,
+    RunDirectory,
+    Terminal,
+    compare_runs,
+    read_records,
+    summarize,
+)
+from shardkit.report.jsonl import write_atomically
+from shardkit.report.picture import smooth, write_picture
+
+CONFIG = from_dict(
+    {
+        "model": {"factory": "m:build"},
+        "data": {"factory": "m:data", "global_batch_size": 8, "num_microbatches": 4},
+        "optimizer": {"learning_rate": 1.0},
+        "train": {"steps": 20},
+    }
+)
+CHANGE = {
+    "step": 5,
+    "from_devices": 8,
+    "to_devices": 3,
+    "from_mesh": {"data": 2, "fsdp": 4},
+    "to_mesh": {"fsdp": 3},
+    "bytes_moved": 3 * 2**20,
+    "phases_s": {"plan": 0.01, "move": 0.24},
+    "certified": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    step: int
+    loss: float = 2.5
+    loss_bits: str = "40200000"
+    num_devices: int = 8
+    mesh: dict = dataclasses.field(default_factory=lambda: {"data": 2, "fsdp": 4})
+    step_s: float = 0.5
+    tokens_per_s: float | None = 12288.0
+    metrics: dict = dataclasses.field(default_factory=lambda: {"grad_norm": 1.0})
+
+
+@pytest.fixture
+def out():
+    return io.StringIO()
+
+
+@pytest.fixture
+def terminal(out):
+    return Terminal(Console(file=out, force_terminal=False))
+
+
+def open_run(path, config=CONFIG, *, resume=False):
+    return RunDirectory.open(path, config, stem="tiny", resume=resume)
+
+
+def train(directory, terminal, steps, *, first=0, bits="40200000", **summary):
+    """Reports a run as train.py would."""
+    log = EventLog()
+    with Report(directory, terminal, extras=False) as report:
+        log.subscribe(report.event)
+        report.begin(first)
+        for step in range(first, steps):
+            if step == CHANGE["step"]:
+                log.emit("reconfigure", **CHANGE)
+            report.step(Metrics(step, loss_bits=bits))
+        records = read_records(directory.metrics)
+        given = {"eval_loss": 2.25, "state_digest": "aa", "corpus_digest": None}
+        report.finish(summarize(records, steps=steps, **{**given, **summary}))
+
+
+def steps_in(path):
+    return [r["step"] for r in read_records(path) if "event" not in r]
+
+
+def test_the_line_of_a_step_has_its_keys_in_order(tmp_path, terminal):
+    directory = open_run(tmp_path / "run")
+    train(directory, terminal, 1)
+    line = directory.metrics.read_text()
+    assert line == (
+        '{"step": 0, "loss": 2.5, "loss_bits": "40200000", "num_devices": 8, '
+        '"mesh": {"data": 2, "fsdp": 4}, "step_s": 0.5, "tokens_per_s": 12288.0}\n'
+    )
+
+
+def test_the_line_of_a_change_has_its_keys_in_order(tmp_path, terminal):
+    directory = open_run(tmp_path / "run")
+    train(directory, terminal, 6)
+    lines = directory.metrics.read_text().splitlines()
+    assert lines[5] == json.dumps({"event": "reconfigure", **CHANGE})
+
+
+def test_a_loss_that_is_not_finite_stays_json(tmp_path, terminal):
+    with Report(open_run(tmp_path / "run"), terminal, extras=False) as report:
+        report.begin(0)
+        report.step(Metrics(0, loss=float("nan"), loss_bits="7fc00000"))
+    (record,) = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert record["loss"] is None
+    assert record["loss_bits"] == "7fc00000"
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "lo', '{"step": 3', "\x00\x00\n", '{"'])
+def test_a_torn_line_is_cut(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n' + tail)
+    assert steps_in(path) == [0, 1]
+    file = MetricsFile(path)
+    file.append({"step": 2})
+    file.close()
+    assert steps_in(path) == [0, 1, 2]
+
+
+def test_truncate_cuts_steps_and_events_from_a_step_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in range(6):
+        file.append({"step": step})
+    file.append({"event": "eval", "step": 2, "loss": 1.0})
+    file.append({"event": "eval", "step": 5, "loss": 1.0})
+    file.truncate(3)
+    file.append({"step": 3})
+    file.close()
+    assert [r["step"] for r in read_records(path)] == [0, 1, 2, 2, 3]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_repeated_steps_stand_once_after_the_change_that_repeats_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    for step in range(6):
+        file.append({"step": step, "try": 1})
+    file.append({"event": "reconfigure", "step": 4})  # a device was lost
+    for step in range(4, 7):
+        file.append({"step": step, "try": 2})
+    file.close()
+    records = read_records(path)
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 4, 5, 6]
+    assert [r["try"] for r in records if "event" not in r] == [1] * 4 + [2] * 3
+    assert "event" in records[4]
+
+
+def test_an_event_may_come_before_the_steps_that_led_to_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    file.append({"step": 3})
+    file.append({"event": "reconfigure", "step": 5})
+    file.append({"step": 4})
+    file.append({"step": 5})
+    file.close()
+    assert steps_in(path) == [3, 4, 5]
+    assert len(read_records(path)) == 4
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+def test_a_default_directory_is_fresh_and_goes_if_nothing_was_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with open_run(None) as first, open_run(None) as second:
+        assert (first.path.name, second.path.name) == ("tiny-001", "tiny-002")
+        second.prepare()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["tiny-002"]
+
+
+def test_a_directory_with_something_in_it_needs_resume(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty; add --resume"):
+        open_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"neither empty nor .*config\.toml"):
+        open_run(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="found a file"):
+        open_run(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_resume_on_an_empty_directory_starts(tmp_path, exists):
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    directory = open_run(path, resume=True)
+    assert not directory.resumes
+    assert not directory.is_finished
+    assert not directory.has_checkpoint
+
+
+def test_resume_goes_on_and_a_finished_run_is_finished(tmp_path, terminal):
+    path = tmp_path / "run"
+    train(open_run(path), terminal, 20)
+    assert open_run(path, resume=True).is_finished
+    longer = dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, steps=30), devices=4
+    )
+    directory = open_run(path, longer, resume=True)
+    assert directory.resumes
+    assert not directory.is_finished
+    train(directory, terminal, 30, first=15)
+    assert steps_in(directory.metrics) == list(range(30))
+    assert directory.summary()["num_reconfigurations"] == 1
+
+
+def test_resume_of_another_config_lists_every_difference(tmp_path):
+    open_run(tmp_path / "run").prepare()
+    other = dataclasses.replace(
+        CONFIG,
+        train=dataclasses.replace(CONFIG.train, seed=7, consistency="fast"),
+    )
+    with pytest.raises(ConfigError) as caught:
+        open_run(tmp_path / "run", other, resume=True)
+    assert "train.seed: 0 there, 7 asked for" in str(caught.value)
+    assert "train.consistency: 'exact' there, 'fast' asked for" in str(caught.value)
+
+
+def test_the_summary_says_what_was_promised(tmp_path, terminal):
+    directory = open_run(tmp_path / "run")
+    train(directory, terminal, 20)
+    summary = directory.summary()
+    assert summary["final_loss"] == 2.5
+    assert summary["eval_loss"] == 2.25
+    assert summary["state_digest"] == "aa"
+    assert summary["num_reconfigurations"] == 1
+    assert summary["corpus_digest"] is None
+    assert summary["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "optax"}
+    assert open_run(tmp_path / "run", resume=True).config == CONFIG
+
+
+def test_plain_lines_tell_of_every_tenth_and_every_change(tmp_path, terminal, out):
+    train(open_run(tmp_path / "run"), terminal, 20)
+    lines = out.getvalue().splitlines()
+    progress = [line for line in lines if "tokens/s" in line]
+    assert len(progress) == 10
+    assert progress[-1] == "20/20  loss 2.5000  12,288 tokens/s  data=2 fsdp=4"
+    assert (
+        "step 5: 8 -> 3 devices (data=2 fsdp=4 -> fsdp=3), 3 MiB moved, 0.25 s, "
+        "certified" in lines
+    )
+
+
+def test_a_terminal_shows_a_bar_a_line_and_a_table(tmp_path, out):
+    console = Console(file=out, force_terminal=True, width=120, _environ={})
+    train(open_run(tmp_path / "run"), Terminal(console), 20)
+    shown = out.getvalue()
+    for word in ("20/20", "loss 2.5000", "8 -> 3 devices", "state digest"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "identical", "words"),
+    [
+        ({}, True, "all 20 identical"),
+        ({"bits": "40200001"}, False, "20 of 20 DIFFER, the first at step 0"),
+        ({"state_digest": "bb"}, False, "DIFFERS"),
+        ({"eval_loss": 2.250001}, False, "DIFFERS"),
+    ],
+)
+def test_twins_are_compared(tmp_path, terminal, change, identical, words):
+    run, twin = open_run(tmp_path / "run"), open_run(tmp_path / "twin")
+    train(run, terminal, 20)
+    train(twin, terminal, 20, **change)
+    found = compare_runs(run, twin)
+    assert found.identical is identical
+    assert any(words in row for row in found.rows().values())
+
+
+def test_a_missing_step_is_a_difference(tmp_path, terminal):
+    run, twin = open_run(tmp_path / "run"), open_run(tmp_path / "twin")
+    train(run, terminal, 20)
+    train(twin, terminal, 20, first=1)
+    assert compare_runs(run, twin).differing_steps == [0]
+
+
+def test_smoothing_neither_lags_nor_bends_at_the_ends():
+    line = np.linspace(5, 2, 50)
+    np.testing.assert_allclose(smooth(line, width=2)[6:-6], line[6:-6], rtol=1e-12)
+    np.testing.assert_allclose(smooth(np.ones(4), width=3), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 40])
+def test_a_picture_is_drawn(tmp_path, terminal, num_steps):
+    pytest.importorskip("matplotlib")
+    directory = open_run(tmp_path / "run")
+    train(directory, terminal, num_steps)
+    records = read_records(directory.metrics)
+    records.append({"event": "eval", "step": 0, "loss": 2.0})
+    write_picture(tmp_path / "loss.png", records, twin=records)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_extras_come_with_a_run(tmp_path, terminal, out):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboardX")
+    directory = open_run(tmp_path / "run")
+    log = EventLog()
+    with Report(directory, terminal) as report:
+        log.subscribe(report.event)
+        report.begin(0)
+        report.step(Metrics(0))
+        log.emit("eval", step=1, loss=2.0)
+        report.draw()
+    assert directory.picture.exists()
+    assert b"train/grad_norm" in next(directory.tensorboard.iterdir()).read_bytes()
+    assert "need" not in out.getvalue()
+
+
+def test_without_extras_there_is_one_notice(tmp_path, terminal, out, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    directory = open_run(tmp_path / "run")
+    with Report(directory, terminal) as report:
+        report.begin(0)
+        report.step(Metrics(0))
+        report.draw()
+    assert out.getvalue().count("these need tensorboardX and matplotlib") == 1
+    assert not directory.picture.exists()
+    assert not directory.tensorboard.exists()
+
+
+def test_a_picture_that_fails_does_not_fail_the_run(tmp_path, terminal, out):
+    pytest.importorskip("matplotlib")
+    directory = open_run(tmp_path / "run")
+    directory.prepare()
+    directory.picture.mkdir()
+    Report(directory, terminal).draw()
+    assert "no picture:" in out.getvalue()
