@@ -150,6 +150,12 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
     return train, valid, getattr(train, "digest", None)
 
 
+def _loss_scale(scale: float | None) -> Any:
+    from shardkit.recipe import LossScale
+
+    return scale and LossScale(initial=scale, growth_interval=None)
+
+
 def build_trainer(
     config: RunConfig, *, devices: list[Any], checkpoints: Path, events: Any
 ) -> tuple[Any, str | None]:
@@ -187,11 +193,13 @@ def build_trainer(
         consistency=config.train.consistency,
         certify=config.train.certify,
         checkpoint=sk.CheckpointConfig(
-            checkpoints, every=config.checkpoint.every, keep=config.checkpoint.keep
+            directory=checkpoints,
+            every=config.checkpoint.every,
+            keep=config.checkpoint.keep,
         ),
         eval=evaluation,
         ema=config.train.ema,
-        loss_scale=config.train.loss_scale,
+        loss_scale=_loss_scale(config.train.loss_scale),
         strict=config.train.strict,
         devices=devices,
         events=events,

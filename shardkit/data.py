@@ -1,7 +1,7 @@
-"""Corpora, and the global batch as a pure function of the step.
+"""The global batch as a pure function of the step.
 
-Owns the text corpus and its digest, the order in which examples are visited, the
-background prefetch, and the check that a batch can be cut into microbatches.
+Owns the order in which examples are visited, and the check that a batch can be cut
+into microbatches.
 
 Invariant: `batches(step)` depends on the data, the seed and the step only. Device
 and process counts and earlier calls never enter, so a run's whole data cursor is one
@@ -13,235 +13,23 @@ References:
     Steele, Lea & Flood, Fast Splittable Pseudorandom Number Generators (OOPSLA 2014).
 """
 
-import glob
-import hashlib
 import operator
-import os
-import platform
-import sysconfig
-import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Generic, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from shardkit.corpus import TextCorpus as TextCorpus
 from shardkit.errors import DataError
 
-__all__ = [
-    "ArrayBatches",
-    "Prefetcher",
-    "TextBatches",
-    "TextCorpus",
-    "check_batch",
-    "permute",
-]
+__all__ = ["ArrayBatches", "TextBatches", "TextCorpus", "check_batch", "permute"]
 
-T = TypeVar("T")
-
-TEXT_SUFFIXES = frozenset(
-    ".txt .md .py .rst .json .toml .csv .html .c .h .js .xml .jsonl".split()
-)
 NUM_ROUNDS = 8
 _UINT64_MASK = 2**64 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class TextCorpus:
-    """Text held in memory as bytes, one token per byte; the vocabulary is 256.
-
-    Attributes:
-        tokens: uint8 `[num_tokens]`, read-only: the files in order, a newline between.
-        digest: SHA-256 (hex) of the files' relative names and contents. It does not
-            depend on where the corpus lies or on the file system's order.
-        source: Where the text came from, for messages and records.
-        num_files: How many files were read, empty ones included.
-        num_train_tokens: Where the validation tail begins.
-    """
-
-    tokens: npt.NDArray[np.uint8] = field(repr=False)
-    _: KW_ONLY
-    digest: str
-    source: str
-    num_files: int
-    num_train_tokens: int
-
-    @classmethod
-    def open(
-        cls, path: str | Path | None = None, *, validation_fraction: float = 0.05
-    ) -> "TextCorpus":
-        """Reads a corpus into memory.
-
-        Args:
-            path: A directory (every file below it with a text suffix), a glob or one
-                file (any suffix). None takes the `.py` sources of the running Python's
-                standard library, without installed packages.
-            validation_fraction: Share of the tokens in the validation tail. The cut
-                moves to the next file boundary where one is near.
-
-        Raises:
-            DataError: If there is nothing to read, or a file cannot be read.
-
-        Example:
-            >>> corpus = TextCorpus.open()
-            >>> corpus.tokens.dtype, corpus.num_files > 100
-            (dtype('uint8'), True)
-        """
-        if not 0 <= validation_fraction < 1:
-            raise DataError(
-                "TextCorpus.open: validation_fraction must be at least 0 and below 1, "
-                f"found {validation_fraction}. Set it to, say, 0.05."
-            )
-        if path is None:
-            root = Path(sysconfig.get_path("stdlib"))
-            source = f"Python {platform.python_version()} standard library at {root}"
-            names = _list_stdlib(root)
-        else:
-            source = str(path)
-            root, names = _find_files(Path(path).expanduser())
-        contents = _read_files(root, names, skip_unreadable_tests=path is None)
-        if not any(contents.values()):
-            raise DataError(
-                f"The corpus {source} is empty: expected text, found "
-                f"{len(contents)} file(s) of 0 bytes. Name a path that holds text."
-            )
-        tokens = np.frombuffer(b"\n".join(contents.values()), dtype=np.uint8)
-        return cls(
-            tokens,
-            digest=_digest_files(contents),
-            source=source,
-            num_files=len(contents),
-            num_train_tokens=_place_cut(contents, len(tokens), validation_fraction),
-        )
-
-    def split(self, name: str) -> npt.NDArray[np.uint8]:
-        """Returns the tokens of `"train"` or, the tail, of `"validation"`.
-
-        Raises:
-            DataError: If there is no such split.
-        """
-        if name == "train":
-            return self.tokens[: self.num_train_tokens]
-        if name == "validation":
-            return self.tokens[self.num_train_tokens :]
-        raise DataError(
-            f"The corpus {self.source} has the splits 'train' and 'validation', "
-            f"not {name!r}. Ask for one of the two."
-        )
-
-
-def _list_files(
-    root: Path, suffixes: Collection[str], skip: Collection[str] = ()
-) -> Iterator[str]:
-    """Lists relative posix names below `root`; directories named in `skip` stay out."""
-
-    def fail(error: OSError):
-        raise DataError(
-            f"The directory {error.filename} of the corpus {root} cannot be listed: "
-            f"{error.strerror}. Make it readable, or name a glob that leaves it out."
-        ) from error
-
-    for folder, folders, files in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if name not in skip]
-        for file in map(Path(folder).joinpath, files):
-            if file.suffix.lower() in suffixes and os.path.isfile(file):
-                yield file.relative_to(root).as_posix()
-
-
-def _list_stdlib(root: Path) -> list[str]:
-    # The directories of installed packages lie inside the library's own: left in, the
-    # default corpus would be another one in every environment.
-    skip = {"site-packages", "dist-packages", "__pycache__"}
-    if root.is_dir() and (names := sorted(_list_files(root, {".py"}, skip))):
-        return names
-    raise DataError(
-        f"The default corpus, the Python standard library, has no sources at {root}. "
-        "Name a directory, a glob or a file of text instead."
-    )
-
-
-def _find_files(path: Path) -> tuple[Path, list[str]]:
-    """Resolves a path to a root and the sorted names of the files relative to it."""
-    # What exists is taken literally first: brackets are legal in file names.
-    if os.path.isfile(path):
-        return path.parent, [path.name]
-    if os.path.isdir(path):
-        if names := sorted(_list_files(path, TEXT_SUFFIXES)):
-            return path, names
-        raise DataError(
-            f"The corpus directory {path} holds no text: expected files ending in "
-            f"{' '.join(sorted(TEXT_SUFFIXES))}, found none. Name another directory, "
-            f"or a glob such as '{path / '**' / '*.log'}' for files of other kinds."
-        )
-    parts = path.parts
-    plain = 0
-    while plain < len(parts) and not any(char in parts[plain] for char in "*?["):
-        plain += 1
-    found = "nothing that is a file or a directory"
-    if plain < len(parts):
-        root = Path(*parts[:plain])
-        matches = glob.glob(str(Path(*parts[plain:])), root_dir=root, recursive=True)
-        names = {
-            Path(name).as_posix() for name in matches if os.path.isfile(root / name)
-        }
-        if names:
-            return root, sorted(names)
-        found = f"no file that matches ({len(matches)} matches are not files)"
-    raise DataError(
-        f"The corpus {path} does not exist: expected a directory, a glob or a file, "
-        f"found {found}. Check the path (relative ones start at {Path.cwd()}), or name "
-        "none to train on the sources of Python's standard library."
-    )
-
-
-def _read_files(
-    root: Path, names: list[str], *, skip_unreadable_tests: bool
-) -> dict[str, bytes]:
-    contents: dict[str, bytes] = {}
-    failures: list[str] = []
-    for name in names:
-        try:
-            contents[name] = (root / name).read_bytes()
-        except OSError as error:
-            # Some systems install fixtures of Python's own tests that nobody may read.
-            if not (skip_unreadable_tests and "test" in Path(name).parts):
-                failures.append(f"  {root / name}: {error.strerror or error}")
-    if failures:
-        raise DataError(
-            f"{len(failures)} of the {len(names)} files of the corpus {root} cannot be "
-            "read:\n"
-            + "\n".join(failures)
-            + "\nMake them readable, or name a glob that leaves them out."
-        )
-    return contents
-
-
-def _digest_files(contents: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name, content in contents.items():
-        raw_name = os.fsencode(name)
-        # Lengths first, or moving a byte from a name to its content would go unseen.
-        digest.update(f"{len(raw_name)} {len(content)}\n".encode())
-        digest.update(raw_name)
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _place_cut(
-    contents: Mapping[str, bytes], num_tokens: int, validation_fraction: float
-) -> int:
-    """Returns where validation begins, at a file's start if one is near enough."""
-    wanted = num_tokens - round(num_tokens * validation_fraction)
-    starts = np.cumsum([len(content) + 1 for content in contents.values()])[:-1]
-    if starts.size:
-        nearest = int(starts[np.argmin(np.abs(starts - wanted))])
-        if 2 * abs(nearest - wanted) <= min(wanted, num_tokens - wanted):
-            return nearest
-    return wanted
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -471,123 +259,6 @@ class ArrayBatches:
             seed=self.seed,
         )
         return {name: array[rows] for name, array in self.arrays.items()}
-
-
-class Prefetcher(Generic[T]):
-    """Computes `fn(step)` for the coming steps in one background thread.
-
-    For one consumer. The thread is a daemon, started by the first `get`, so a stuck
-    `fn` cannot keep the interpreter from ending. Asking for any step but the next one
-    is right too, it only discards what was computed ahead.
-
-    Args:
-        fn: A pure function of the step; called in the thread, one step at a time, also
-            for steps beyond the last one wanted (errors of those stay unseen).
-        depth: How many results may wait, at least 1.
-
-    Raises:
-        DataError: If `depth` is below 1.
-
-    Example:
-        >>> with Prefetcher(lambda step: step * step) as squares:
-        ...     [squares.get(step) for step in (0, 1, 2, 9)]
-        [0, 1, 4, 81]
-    """
-
-    def __init__(self, fn: Callable[[int], T], *, depth: int = 2):
-        _check_sizes("Prefetcher", depth=depth)
-        self._fn = fn
-        self._depth = depth
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        # The results are those of steps _expected, _expected + 1, … in this order.
-        self._expected: int | None = None
-        self._results: list[tuple[T | None, BaseException | None]] = []
-        self._num_seeks = 0
-
-    def get(self, step: int, *, timeout_s: float = 600.0) -> T:
-        """Returns `fn(step)`, waiting for it if need be, or raises what it raised.
-
-        Raises:
-            DataError: If nothing came within `timeout_s`, or the prefetcher is closed.
-                After a timeout the same step can be asked for again.
-        """
-        with self._changed:
-            if step != self._expected:
-                self._expected = step
-                self._results.clear()
-                self._num_seeks += 1
-                self._changed.notify_all()
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(
-                    target=self._work, name="shardkit-prefetch", daemon=True
-                )
-                self._thread.start()
-            ready = self._changed.wait_for(
-                lambda: self._results or self._closed, timeout_s
-            )
-            if self._closed:
-                raise DataError(
-                    f"Prefetcher: step {step} was asked for, but the prefetcher is "
-                    "closed. Make a new one to go on."
-                )
-            if not ready:
-                raise DataError(
-                    f"Prefetcher: the batch of step {step} is missing: expected within "
-                    f"{timeout_s:g} s, found nothing yet. See what its function waits "
-                    "for (a slow or lost file system?), or raise timeout_s."
-                )
-            value, error = self._results.pop(0)
-            self._expected = step + 1
-            self._changed.notify_all()
-        if error is not None:
-            # A second attempt is then a seek, and calls fn anew.
-            raise error
-        return value  # pyright: ignore[reportReturnType]
-
-    def close(self, *, timeout_s: float = 5.0):
-        """Discards the results and ends the thread; a second call does nothing.
-
-        A call of `fn` that is under way gets `timeout_s` to finish and is then left to
-        the daemon thread.
-        """
-        with self._changed:
-            self._closed = True
-            self._results.clear()
-            self._changed.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
-
-    def __enter__(self) -> "Prefetcher[T]":
-        return self
-
-    def __exit__(self, *_: object):
-        self.close()
-
-    def _work(self):
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._closed or len(self._results) < self._depth
-                )
-                if self._closed:
-                    return
-                assert self._expected is not None
-                step, num_seeks = self._expected + len(self._results), self._num_seeks
-            value, error = None, None
-            try:
-                value = self._fn(step)
-            except BaseException as caught:
-                # Whatever it is belongs to the caller: here it would only end the
-                # thread and leave `get` waiting for its deadline.
-                error = caught
-            with self._changed:
-                if num_seeks == self._num_seeks and not self._closed:
-                    self._results.append((value, error))
-                    self._changed.notify_all()
-            # Held across the wait these would keep one more batch in memory.
-            del value, error
 
 
 def _iterate_leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ __all__ = [
     "MeshError",
     "NonFiniteError",
     "PartitionError",
+    "Preempted",
     "RestoreError",
     "ShardkitError",
 ]
@@ -58,6 +59,10 @@ class CertificateError(ShardkitError, RuntimeError):
 
 class NonFiniteError(ShardkitError, RuntimeError):
     """The loss or the state is no longer finite."""
+
+
+class Preempted(ShardkitError, RuntimeError):
+    """The run was asked to leave; it has saved and can be resumed."""
 
 
 class RestoreError(ShardkitError, RuntimeError):

@@ -21,7 +21,12 @@ from jaxtyping import Float, Int
 
 __all__ = [
     "INITIAL_EXPONENT",
-    "Accumulator", "exact_sum", "is_summable", "next_exponent", "peak_bits"]
+    "Accumulator",
+    "exact_sum",
+    "is_summable",
+    "next_exponent",
+    "peak_bits",
+]
 
 _DIGIT_BITS = 16
 _NUM_DIGITS = 3

@@ -106,7 +106,9 @@ class MicrobatchLoop:
             grads, out = jax.grad(scaled, has_aux=True)(params)
             grads = jax.tree.leaves(grads)
             # Fused with what sums it, a gradient's bits could follow that sum's shape.
-            return lax.optimization_barrier((out, grads)) if self.exact else (out, grads)
+            return (
+                lax.optimization_barrier((out, grads)) if self.exact else (out, grads)
+            )
 
         leaves, treedef = jax.tree.flatten(params)
         if self.exact:
@@ -171,7 +173,10 @@ class MicrobatchLoop:
         )
         sums = []
         for n, (pair, dim) in enumerate(zip(limbs, dims, strict=True)):
-            pair = (self._add_over_devices(pair[0], dim), self._add_over_devices(pair[1], dim))
+            pair = (
+                self._add_over_devices(pair[0], dim),
+                self._add_over_devices(pair[1], dim),
+            )
             total = accumulator.total(pair, exponents[n])
             sums.append(jnp.where(is_summable(peaks[n]), total, jnp.nan))
         return rows, sums, next_exponent(exponents, peaks)[0], passes

@@ -91,7 +91,6 @@ class Piece:
     """Part of a target piece: rows `[start, stop)` of the cut dim from one source."""
 
     source: Any
-    source_start: int
     start: int
     stop: int
 
@@ -132,7 +131,7 @@ def plan_pieces(
     for index, row in enumerate(holders(leaf, new, frozenset())):
         for turn, target in enumerate(row):
             if leaf.dim < 0:
-                plan[target] = [Piece(_pick(sources[0], target, turn), 0, 0, 0)]
+                plan[target] = [Piece(_pick(sources[0], target, turn), 0, 0)]
                 continue
             low, high = leaf.interval(index, new.shape[SHARD_AXIS])
             plan[target] = []
@@ -141,7 +140,7 @@ def plan_pieces(
                 a, b = max(low, start), min(high, stop)
                 if a < b:
                     source = _pick(devices, target, turn)
-                    plan[target].append(Piece(source, start, a, b))
+                    plan[target].append(Piece(source, a, b))
     return plan
 
 

@@ -163,9 +163,7 @@ class Localizer:
         out = eqn.primitive.bind(*arrays, **{**eqn.params, **params})
         return [Shard(x) for x in (out if eqn.primitive.multiple_results else [out])]
 
-    def _gather_and_bind(
-        self, eqn: core.JaxprEqn, args: list[Shard]
-    ) -> list[Shard]:
+    def _gather_and_bind(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
         for arg, atom in zip(args, eqn.invars, strict=True):
             if arg.dim is not None:
                 self.gathered.append((eqn.primitive.name, atom.aval.shape))

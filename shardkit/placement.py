@@ -66,7 +66,9 @@ class Placement:
         self.programs = {
             "init": make(self._spmd(self._init, whole, state_specs), name="init"),
             "step": make(
-                self._spmd(self._step, (state_specs, slots, whole), (state_specs, whole)),
+                self._spmd(
+                    self._step, (state_specs, slots, whole), (state_specs, whole)
+                ),
                 name="step",
                 donate_argnums=(0,),
             ),
@@ -79,15 +81,50 @@ class Placement:
             "digest": make(self._digest, name="digest"),
         }
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
+        self._execute: Any = None
+        self.not_donated: list[str] = []
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the mesh has."""
+        return self.mesh.size
 
     def init(self) -> TrainState:
         """Computes the state before step 0."""
         return self.programs["init"](self.root)
 
-    def compile_step(self) -> Callable[[TrainState, Any, PRNGKeyArray], Any]:
-        """Returns the executable `(state, slots, root) → (state, metrics)`."""
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `step` can run at once."""
+        return self._execute is not None
+
+    def compile(self) -> None:
+        """Compiles the step; it may take minutes, and touches no state."""
         state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
-        return self.programs["step"].compile(state, self._slots, self.root)
+        self._execute = self.programs["step"].compile(state, self._slots, self.root)
+
+    def step(
+        self, state: TrainState, batch: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Computes one step; the state is consumed.
+
+        The first call records in `not_donated` the leaves whose memory could not be
+        reused, which therefore exist twice while a step runs.
+
+        Args:
+            state: On this mesh.
+            batch: The global batch, in host memory.
+        """
+        is_first = not self.is_compiled
+        if is_first:
+            self.compile()
+        out = self._execute(state, self.place_batch(batch), self.root)
+        if is_first:
+            leaves = zip(
+                jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True
+            )
+            self.not_donated = [leaf.path for leaf, x in leaves if not x.is_deleted()]
+        return out
 
     def evaluate(self, params: Any, slots: Any, step: int) -> dict[str, Array]:
         """Computes loss, weight and metric sums of one batch, without a gradient."""

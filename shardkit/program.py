@@ -106,4 +106,8 @@ def _placement_key(args: Any) -> Any:
 
 def _leaf_key(leaf: Any) -> Any:
     # A NamedSharding compares by its mesh, and a mesh by its ordered devices.
-    return jnp.shape(leaf), getattr(leaf, "dtype", None), getattr(leaf, "sharding", None)
+    return (
+        jnp.shape(leaf),
+        getattr(leaf, "dtype", None),
+        getattr(leaf, "sharding", None),
+    )

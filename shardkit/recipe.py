@@ -15,11 +15,11 @@ import optax
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from shardkit.axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
 from shardkit.errors import PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT
 from shardkit.keys import stream
 from shardkit.localize import Localizer
+from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
 from shardkit.model import as_loss_output
 from shardkit.shards import Shards
 from shardkit.state import TrainState, make_layout

@@ -49,7 +49,7 @@ class Annotated:
     names: Any = dataclasses.field(metadata={"static": True})
 
 
-def axes(array: Any, *names: str | None | PartitionSpec) -> Annotated:
+def axes(array: Any, *names: str | PartitionSpec | None) -> Annotated:
     """Names the dims of an array.
 
     Args:
@@ -155,9 +155,7 @@ def _match(
     return None
 
 
-def check_rules(
-    rules: AxisRules, used: set[str], *, strict: bool = False
-) -> list[str]:
+def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> list[str]:
     """Checks the rules against the mesh axes and the names in use.
 
     Returns:

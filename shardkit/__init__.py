@@ -1,0 +1,70 @@
+"""Training on JAX that changes its device count and keeps every bit.
+
+The public names, loaded when they are first used, so that a command line can start
+without JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardkit import data as data
+    from shardkit import keys as keys
+    from shardkit import nn as nn
+    from shardkit.checkpoint import CheckpointConfig as CheckpointConfig
+    from shardkit.errors import CertificateError as CertificateError
+    from shardkit.errors import ConfigError as ConfigError
+    from shardkit.errors import DataError as DataError
+    from shardkit.errors import InexactError as InexactError
+    from shardkit.errors import LostStateError as LostStateError
+    from shardkit.errors import MembershipError as MembershipError
+    from shardkit.errors import MeshError as MeshError
+    from shardkit.errors import NonFiniteError as NonFiniteError
+    from shardkit.errors import PartitionError as PartitionError
+    from shardkit.errors import Preempted as Preempted
+    from shardkit.errors import RestoreError as RestoreError
+    from shardkit.errors import ShardkitError as ShardkitError
+    from shardkit.events import EventLog as EventLog
+    from shardkit.logical_axes import axes as axes
+    from shardkit.logical_axes import infer_shardings as infer_shardings
+    from shardkit.membership import Lost as Lost
+    from shardkit.membership import combine as combine
+    from shardkit.membership import scripted as scripted
+    from shardkit.membership import signals as signals
+    from shardkit.membership import watch_file as watch_file
+    from shardkit.mesh import MeshSpec as MeshSpec
+    from shardkit.metrics import StepMetrics as StepMetrics
+    from shardkit.model import LossOutput as LossOutput
+    from shardkit.model import Model as Model
+    from shardkit.program import Program as Program
+    from shardkit.recipe import LossScale as LossScale
+    from shardkit.trainer import EvalConfig as EvalConfig
+    from shardkit.trainer import Trainer as Trainer
+
+_MODULES = ("data", "keys", "nn")
+_HOMES = {
+    "checkpoint": "CheckpointConfig",
+    "errors": "CertificateError ConfigError DataError InexactError LostStateError "
+    "MembershipError MeshError NonFiniteError PartitionError Preempted RestoreError "
+    "ShardkitError",
+    "events": "EventLog",
+    "logical_axes": "axes infer_shardings",
+    "membership": "Lost combine scripted signals watch_file",
+    "mesh": "MeshSpec",
+    "metrics": "StepMetrics",
+    "model": "LossOutput Model",
+    "program": "Program",
+    "recipe": "LossScale",
+    "trainer": "EvalConfig Trainer",
+}
+_NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted([*_MODULES, *_NAMES])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"shardkit.{_NAMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"shardkit.{name}")
+    raise AttributeError(f"module 'shardkit' has no attribute {name!r}")

@@ -1,0 +1,196 @@
+"""The order of a reconfiguration.
+
+Owns the change from one placement to another: derive the new one, compile, move the
+state, and certify that both compute the same bits. Invariant: a state is on exactly
+one placement when a method returns, and it is the state that was. Which change to
+make, and when, is the trainer's business.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from shardkit.errors import CertificateError, MembershipError
+from shardkit.events import EventLog
+from shardkit.mesh import MeshSpec, device_ids, mesh_sizes
+from shardkit.placement import Placement
+from shardkit.recipe import Recipe
+from shardkit.reshard import reshard
+from shardkit.state import TrainState
+
+__all__ = ["Placements", "Transition", "choose_devices", "wait_for"]
+
+
+def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
+    """Takes the first devices of every process, as evenly as possible.
+
+    Raises:
+        MembershipError: If the pool has too few, or a process would be left out.
+    """
+    processes: dict[int, list[Any]] = {}
+    for device in pool:
+        processes.setdefault(device.process_index, []).append(device)
+    if not len(processes) <= num_devices <= len(pool):
+        raise MembershipError(
+            f"expected {len(processes)} to {len(pool)} devices (the pool has "
+            f"{len(pool)} in {len(processes)} processes), found {num_devices}"
+        )
+    taken = dict.fromkeys(processes, 0)
+    while sum(taken.values()) < num_devices:
+        open_ = [p for p in processes if taken[p] < len(processes[p])]
+        taken[min(open_, key=lambda p: taken[p])] += 1
+    return [d for p, devices in processes.items() for d in devices[: taken[p]]]
+
+
+class Placements:
+    """The placements of a run, each derived once.
+
+    Args:
+        recipe: What is computed.
+        layout: A `TrainState` of `LeafLayout`.
+        spec: The mesh that is asked for.
+        pool: All devices there are.
+        batch: The global batch, abstractly.
+        events: Where compilations and decisions are recorded.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        layout: Any,
+        spec: MeshSpec,
+        pool: Sequence[Any],
+        batch: Any,
+        events: EventLog,
+    ) -> None:
+        self._recipe, self._layout, self._spec = recipe, layout, spec
+        self._pool, self._batch, self._events = pool, batch, events
+        self._known: dict[Any, Placement] = {}
+
+    def on(self, num_devices: int) -> Placement:
+        """Returns the placement on `num_devices` devices of the pool."""
+        mesh = self._spec.build(choose_devices(self._pool, num_devices))
+        key = (device_ids(mesh), tuple(mesh.shape.items()))
+        if key not in self._known:
+            for note in self._spec.decisions(num_devices):
+                self._events.emit("notice", message=f"mesh: {note}")
+            self._known[key] = Placement(
+                self._recipe, self._layout, mesh, self._batch, self._events
+            )
+        return self._known[key]
+
+    def compiles(self) -> dict[str, int]:
+        """How often each program was compiled, over all placements."""
+        totals: dict[str, int] = {}
+        for placement in self._known.values():
+            for name, program in placement.programs.items():
+                totals[name] = totals.get(name, 0) + program.counts["compile"]
+        return totals
+
+
+def wait_for(work: Callable[[], Any], interrupted: Callable[[], None]) -> Any:
+    """Runs `work` in a thread, so that a signal is seen while it goes on.
+
+    Args:
+        work: What may take long without returning to Python, such as compiling.
+        interrupted: Called now and then; raises to give up the wait.
+    """
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return future.result(timeout=0.1)
+        interrupted()
+
+
+class Transition:
+    """One change of placement, timed phase by phase.
+
+    Args:
+        old: Where the state is.
+        new: Where it goes.
+    """
+
+    def __init__(self, old: Placement, new: Placement) -> None:
+        self.old, self.new = old, new
+        self.phases_s: dict[str, float] = {}
+        self.bytes_moved = 0
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to a phase."""
+        start_s = time.monotonic()
+        yield
+        spent_s = time.monotonic() - start_s
+        self.phases_s[name] = self.phases_s.get(name, 0.0) + spent_s
+
+    def move(
+        self, state: TrainState, *, lost: frozenset[int], keep_source: bool
+    ) -> TrainState:
+        """Moves the state.
+
+        Raises:
+            LostStateError: If a part of it survives nowhere.
+        """
+        with self.phase("move"):
+            moved = reshard(
+                state,
+                self.old.layout,
+                self.old.mesh,
+                self.new.mesh,
+                lost=lost,
+                keep_source=keep_source,
+            )
+        self.bytes_moved = moved.bytes_moved
+        return moved.tree
+
+    def certify(
+        self, before: TrainState, after: TrainState, batch: Any
+    ) -> tuple[TrainState, dict[str, Any], list[str]]:
+        """Computes one step on both placements and compares all bits.
+
+        Both states are consumed.
+
+        Returns:
+            The state after the step on the new placement, the step's metrics, and
+            the leaves and metrics that differ.
+        """
+        results = []
+        with self.phase("certify"):
+            for placement, state in ((self.old, before), (self.new, after)):
+                state, metrics = placement.step(state, batch)
+                results.append((placement.digest(state), state, metrics))
+        (old_digest, _, old_metrics), (new_digest, state, metrics) = results
+        differing = [
+            path
+            for path, lanes in new_digest.items()
+            if not np.array_equal(lanes, old_digest[path])
+        ]
+        differing += [
+            f"metrics/{name}"
+            for name, value in metrics.items()
+            if np.asarray(value).tobytes() != np.asarray(old_metrics[name]).tobytes()
+        ]
+        return state, metrics, differing
+
+    def failure(self, differing: list[str], step: int) -> CertificateError:
+        """Describes a failed certificate."""
+        return CertificateError(
+            f"step {step}: {mesh_sizes(self.old.mesh)} and {mesh_sizes(self.new.mesh)} "
+            f"computed other bits in {len(differing)} leaves: "
+            f"{', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. "
+            "Stay on the old devices and report this, or go on with "
+            "on_failed_certificate='continue'."
+        )

@@ -1,0 +1,243 @@
+"""Who is alive: the requests for another device count that reach a run.
+
+Owns `Change` and its sources: a script, signals, a watched file. A source is asked
+at every step boundary and answers at once. Importing this installs nothing; signal
+handlers stand only while a run goes on, and only if `signals()` was asked for.
+"""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from shardkit.errors import MembershipError
+
+__all__ = [
+    "Change",
+    "Lost",
+    "Membership",
+    "combine",
+    "scripted",
+    "signals",
+    "watch_file",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """In a script: so many devices remain, and the memory of the others is gone.
+
+    Attributes:
+        num_devices: How many are left.
+    """
+
+    num_devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a source asks for at a step boundary.
+
+    Attributes:
+        num_devices: How many devices of the pool to go on with; None for as many.
+        lost: Whether the state on the devices that go is gone with them.
+        leave: Save and stop.
+    """
+
+    num_devices: int | None = None
+    lost: bool = False
+    leave: bool = False
+
+
+class Membership(Protocol):
+    """A source of changes."""
+
+    def start(self) -> Callable[[], None]:
+        """Begins to listen; returns what ends it."""
+        ...
+
+    def poll(self, step: int, num_devices: int) -> Change | None:
+        """Returns what is asked for before `step` on `num_devices`, if anything."""
+        ...
+
+    def leaving(self) -> bool:
+        """Whether to save and stop as soon as possible; asked during long waits."""
+        ...
+
+    def check(self, num_pool: int) -> None:
+        """Raises `MembershipError` for what can be seen to be impossible."""
+        ...
+
+
+class _Silent:
+    """A source that needs no starting and cannot be known to be wrong."""
+
+    def start(self) -> Callable[[], None]:
+        return lambda: None
+
+    def leaving(self) -> bool:
+        return False
+
+    def check(self, num_pool: int) -> None:
+        pass
+
+
+class _Scripted(_Silent):
+    def __init__(self, script: Mapping[int, int | Lost]) -> None:
+        self._script = dict(script)
+        self._reached = -1
+
+    def check(self, num_pool: int) -> None:
+        counts = {
+            step: change.num_devices if isinstance(change, Lost) else change
+            for step, change in self._script.items()
+        }
+        bad = {s: n for s, n in counts.items() if s < 0 or not 1 <= n <= num_pool}
+        if bad:
+            raise MembershipError(
+                "sk.scripted: expected steps from 0 and device counts from 1 to "
+                f"{num_pool}, the size of the pool; found {bad}"
+            )
+
+    def poll(self, step: int, num_devices: int) -> Change | None:
+        # A resumed run takes the newest entry that is not in its future; a run that
+        # went back to a checkpoint stays with the devices that it had got to.
+        is_new, self._reached = step > self._reached, max(step, self._reached)
+        due = [s for s in self._script if s <= self._reached]
+        if not due:
+            return None
+        entry = self._script[max(due)]
+        if isinstance(entry, Lost):
+            return Change(entry.num_devices, lost=is_new and max(due) == step)
+        return Change(entry)
+
+
+class _Signals(_Silent):
+    """SIGUSR1: one device fewer. SIGUSR2: one more. SIGTERM: save and leave."""
+
+    def __init__(self) -> None:
+        self._delta = 0
+        self._leave = False
+
+    def start(self) -> Callable[[], None]:
+        def handle(number: int, frame: Any) -> None:
+            if number == signal.SIGTERM:
+                self._leave = True
+            else:
+                self._delta += 1 if number == signal.SIGUSR2 else -1
+
+        numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+        before = {number: signal.signal(number, handle) for number in numbers}
+
+        def stop() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return stop
+
+    def leaving(self) -> bool:
+        return self._leave
+
+    def poll(self, step: int, num_devices: int) -> Change | None:
+        if self._leave:
+            return Change(leave=True)
+        delta, self._delta = self._delta, 0
+        return Change(num_devices + delta) if delta else None
+
+
+class _WatchedFile(_Silent):
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._seen: tuple[int, int] | None = None
+
+    def poll(self, step: int, num_devices: int) -> Change | None:
+        try:
+            stat = self._path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            if stamp == self._seen:
+                return None
+            text = self._path.read_text()
+        except FileNotFoundError:
+            return None
+        self._seen = stamp
+        try:
+            request = json.loads(text)
+            count = request["num_devices"]
+            if type(count) is not int or set(request) - {"num_devices", "lost"}:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise MembershipError(
+                f'{self._path}: expected {{"num_devices": N}}, found {text[:80]!r}. '
+                "Write the file elsewhere and move it here, so that it is never seen "
+                "half-written."
+            ) from None
+        return Change(count, lost=bool(request.get("lost", False)))
+
+
+class _Combined:
+    def __init__(self, sources: tuple[Membership, ...]) -> None:
+        self._sources = sources
+
+    def start(self) -> Callable[[], None]:
+        stops = [source.start() for source in self._sources]
+
+        def stop() -> None:
+            for end in reversed(stops):
+                end()
+
+        return stop
+
+    def leaving(self) -> bool:
+        return any(source.leaving() for source in self._sources)
+
+    def check(self, num_pool: int) -> None:
+        for source in self._sources:
+            source.check(num_pool)
+
+    def poll(self, step: int, num_devices: int) -> Change | None:
+        changes = [source.poll(step, num_devices) for source in self._sources]
+        found = [change for change in changes if change is not None]
+        leaving = [change for change in found if change.leave]
+        moving = [c for c in found if c.num_devices not in (None, num_devices)]
+        return next(iter([*leaving, *reversed(moving)]), None)
+
+
+def scripted(script: Mapping[int, int | Lost]) -> Membership:
+    """Changes the device count at given steps.
+
+    Args:
+        script: Step → device count from the beginning of that step on, or `Lost`.
+
+    Example:
+        >>> scripted({20: 6, 40: Lost(3)}).poll(40, 6)
+        Change(num_devices=3, lost=True, leave=False)
+    """
+    return _Scripted(script)
+
+
+def signals() -> Membership:
+    """Listens to SIGUSR1 (one fewer), SIGUSR2 (one more), SIGTERM (save and leave).
+
+    The handlers stand while `Trainer.run` goes on. Only a main thread can have them.
+    """
+    return _Signals()
+
+
+def watch_file(path: str | Path) -> Membership:
+    """Follows a JSON file: `{"num_devices": 6}`, or with `"lost": true`.
+
+    A file that is not there asks for nothing.
+    """
+    return _WatchedFile(path)
+
+
+def combine(*sources: Membership) -> Membership:
+    """Listens to several sources; leaving comes first, then the last that moves.
+
+    Example:
+        >>> combine(scripted({0: 4}), scripted({})).poll(0, 8)
+        Change(num_devices=4, lost=False, leave=False)
+    """
+    return _Combined(sources)

@@ -1,0 +1,98 @@
+"""What is known of a step, fetched late.
+
+Owns `StepMetrics`, whose values stay on the devices until somebody reads them, and
+`Pending`, which holds a step back until the next one is under way.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from shardkit.errors import NonFiniteError
+from shardkit.mesh import mesh_sizes
+from shardkit.placement import Placement
+
+__all__ = ["Pending", "StepMetrics"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What is known of one step; values are fetched from the devices when read.
+
+    Attributes:
+        step: Which step, counted from 0.
+        num_devices: On how many devices it ran.
+        mesh: Axis → size, of the axes larger than 1.
+        values: Scalars by name, as they are on the devices.
+        step_s: Seconds from the end of the step before to the end of this one.
+    """
+
+    step: int
+    num_devices: int
+    mesh: dict[str, int]
+    values: Mapping[str, Array]
+    step_s: float
+
+    @property
+    def loss(self) -> float:
+        """Σ loss_sum / Σ weight over the global batch."""
+        return float(self.values["loss"])
+
+    @property
+    def loss_bits(self) -> str:
+        """The float32 bits of the loss, as 8 hex digits."""
+        return f"{np.asarray(self.values['loss']).view(np.uint32).item():08x}"
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Σ weight per second: tokens, where the loss counts tokens."""
+        return float(self.values["weight"]) / self.step_s if self.step_s else 0.0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Everything else that was measured, by name."""
+        return {k: float(v) for k, v in self.values.items() if k != "loss"}
+
+
+class Pending:
+    """Holds a step back until the next one is on its way, so that no one waits."""
+
+    def __init__(self, must_be_finite: bool) -> None:
+        self._must_be_finite = must_be_finite
+        self._held: list[tuple[int, Placement, Any]] = []
+        self._last_s = time.monotonic()
+
+    def push(
+        self, step: int, placement: Placement, values: Any
+    ) -> Iterator[StepMetrics]:
+        """Takes a step that has been dispatched; yields the one before it."""
+        self._held.append((step, placement, values))
+        if len(self._held) > 1:
+            yield self._finish()
+
+    def flush(self) -> Iterator[StepMetrics]:
+        """Waits for what is held back, and yields it."""
+        while self._held:
+            yield self._finish()
+
+    def _finish(self) -> StepMetrics:
+        step, placement, values = self._held.pop(0)
+        loss = float(values["loss"])
+        now_s = time.monotonic()
+        spent_s, self._last_s = now_s - self._last_s, now_s
+        if self._must_be_finite and not np.isfinite(loss):
+            raise NonFiniteError(
+                f"step {step}: the loss is {loss}. What is saved is from before it; "
+                "lower the learning rate, clip the gradient, or look at this batch."
+            )
+        return StepMetrics(
+            step=step,
+            num_devices=placement.num_devices,
+            mesh=mesh_sizes(placement.mesh),
+            values=values,
+            step_s=spent_s,
+        )

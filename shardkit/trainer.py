@@ -1,0 +1,450 @@
+"""The training loop that survives changes of its devices.
+
+Owns `Trainer`: when to step, to reconfigure, to evaluate, to save and to stop. It
+computes nothing itself. Invariant: the state, the data cursor and the step are one;
+whatever happens, the run goes on at the step where the state stands.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax import Array, lax
+
+from shardkit.checkpoint import CheckpointConfig, Checkpoints
+from shardkit.data import check_batch
+from shardkit.digest import combine_digests
+from shardkit.elastic import Placements, Transition, wait_for
+from shardkit.errors import (
+    ConfigError,
+    LostStateError,
+    Preempted,
+    RestoreError,
+)
+from shardkit.events import EventLog
+from shardkit.layout import SHARD_AXIS
+from shardkit.logical_axes import AxisRules
+from shardkit.membership import Change, Membership, scripted
+from shardkit.mesh import MeshSpec, device_ids, mesh_sizes
+from shardkit.metrics import Pending, StepMetrics
+from shardkit.placement import Placement
+from shardkit.prefetch import Prefetcher
+from shardkit.recipe import LossScale, Recipe
+from shardkit.state import TrainState
+
+__all__ = ["EvalConfig", "Trainer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When and on what a `Trainer` evaluates.
+
+    Attributes:
+        data: `index → global batch`.
+        every: Steps between evaluations.
+        num_batches: The fixed set is batches 0 to this.
+    """
+
+    data: Callable[[int], Any]
+    every: int
+    num_batches: int = 1
+
+
+class Trainer:
+    """Trains on the devices there are, and goes on when they change.
+
+    Args:
+        init: `key → params`; any tree of arrays, annotated with logical axes.
+        loss: `(params, microbatch, key) → scalar or LossOutput`; ordinary
+            single-device code.
+        tx: Any optax transformation.
+        data: `step → global batch`, a tree of arrays with the examples in dim 0.
+        mesh: The mesh that is asked for.
+        axis_rules: Logical axis → mesh axis.
+        num_microbatches: Into how many equal parts the global batch is cut.
+        seed: The seed of everything random.
+        eval_loss: The loss for evaluation; None for `loss`.
+        consistency: `"exact"` keeps every bit whatever the device count; `"fast"`
+            lets sums be taken in any order.
+        certify: At which changes a step is computed on both placements and compared:
+            `"always"`, `"first"` (the first use of a placement) or `"off"`.
+        on_failed_certificate: `"stop"`, or `"continue"` with a notice.
+        checkpoint: Where and when to save; None for never.
+        eval: On what and when to evaluate; None for never.
+        ema: Decay of a moving average of the parameters, or None.
+        loss_scale: How the loss is scaled, or None.
+        path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
+        strict: Whether unannotated leaves and unused rules are errors.
+        devices: The pool; None for all devices.
+        events: Where events are sent.
+        manifest: JSON facts that a checkpoint must share to be restored.
+
+    Raises:
+        ConfigError, DataError, MeshError, PartitionError, InexactError: If these do
+            not fit together.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> def init(key):
+        ...     return {"w": jax.random.normal(key, (4,))}
+        >>> def loss(params, microbatch, key):
+        ...     return jnp.mean((microbatch["x"] @ params["w"] - 1) ** 2)
+        >>> def data(step):
+        ...     return {"x": np.random.default_rng(step).normal(size=(8, 4))}
+        >>> trainer = Trainer(
+        ...     init=init, loss=loss, tx=optax.sgd(0.1), data=data, num_microbatches=4
+        ... )
+        >>> [m.step for m in trainer.run(steps=3)]
+        [0, 1, 2]
+    """
+
+    def __init__(
+        self,
+        *,
+        init: Callable[[Any], Any],
+        loss: Callable[[Any, Any, Any], Any],
+        tx: optax.GradientTransformation,
+        data: Callable[[int], Any],
+        mesh: MeshSpec | None = None,
+        axis_rules: AxisRules | None = None,
+        num_microbatches: int,
+        seed: int = 0,
+        eval_loss: Callable[[Any, Any, Any], Any] | None = None,
+        consistency: str = "exact",
+        certify: str = "first",
+        on_failed_certificate: str = "stop",
+        checkpoint: CheckpointConfig | None = None,
+        eval: EvalConfig | None = None,
+        ema: float | None = None,
+        loss_scale: LossScale | None = None,
+        path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
+        strict: bool = False,
+        devices: Sequence[Any] | None = None,
+        events: EventLog | None = None,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check_choice("consistency", consistency, ("exact", "fast"))
+        _check_choice("certify", certify, ("always", "first", "off"))
+        _check_choice(
+            "on_failed_certificate", on_failed_certificate, ("stop", "continue")
+        )
+        self.events = events or EventLog()
+        self._recipe = Recipe(
+            init=init,
+            loss=loss,
+            tx=tx,
+            num_microbatches=num_microbatches,
+            seed=seed,
+            eval_loss=eval_loss,
+            exact=consistency == "exact",
+            ema=ema,
+            loss_scale=loss_scale,
+        )
+        self._certify = certify if consistency == "exact" else "off"
+        self._continue_uncertified = on_failed_certificate == "continue"
+        self._eval = eval
+        self._manifest = {"seed": seed, "consistency": consistency, **(manifest or {})}
+        self._layout, warnings = self._recipe.layout(
+            axis_rules or {}, path_rules=path_rules, strict=strict
+        )
+        for warning in warnings:
+            self.events.emit("notice", message=warning)
+        self._pool = list(jax.devices() if devices is None else devices)
+        batch = data(0)
+        check_batch(batch, num_microbatches=num_microbatches, where="data(0)")
+        self._placements = Placements(
+            self._recipe,
+            self._layout,
+            mesh or MeshSpec(),
+            self._pool,
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch),
+            self.events,
+        )
+        self._prefetcher = Prefetcher(data)
+        self._checkpoint = checkpoint
+        self._checkpoints = Checkpoints(checkpoint) if checkpoint else None
+        self._record: dict[str, Any] | None = None
+        self._placement: Placement | None = None
+        self._state: TrainState | None = None
+        self._step = 0
+        self._certified: set[tuple[int, ...]] = set()
+
+    @property
+    def step(self) -> int:
+        """How many steps are done; the index of the next one."""
+        return self._step
+
+    @property
+    def compiles(self) -> dict[str, int]:
+        """How often each program has been compiled."""
+        return self._placements.compiles()
+
+    @property
+    def state(self) -> TrainState:
+        """The state as global arrays without padding."""
+        placement, state = self._start()
+        count = placement.mesh.shape[SHARD_AXIS]
+
+        def logical(x: Array, leaf: Any) -> Array:
+            if not leaf.is_padded(count):
+                return x
+            return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
+
+        return jax.tree.map(logical, state, self._layout)
+
+    def run(
+        self, steps: int, membership: Membership | None = None
+    ) -> Iterator[StepMetrics]:
+        """Trains until `steps` steps are done, yielding each one step behind.
+
+        Args:
+            steps: The absolute end, not a number of further steps.
+            membership: Who asks for device changes.
+
+        Raises:
+            Preempted: After saving, when asked to leave.
+            CertificateError: If a change altered bits.
+            NonFiniteError: If the loss is not finite.
+            LostStateError: If shards were lost and there is no checkpoint.
+        """
+        membership = membership or scripted({})
+        membership.check(len(self._pool))
+        stop = membership.start()
+        try:
+            yield from self._run(steps, membership)
+        finally:
+            stop()
+
+    def _run(self, steps: int, membership: Membership) -> Iterator[StepMetrics]:
+        def give_up() -> None:
+            if membership.leaving():
+                self._leave()
+
+        pending = Pending(self._recipe.loss_scale is None)
+        while self._step < steps:
+            current = self._placement
+            count = len(self._pool) if current is None else current.num_devices
+            change = membership.poll(self._step, count) or Change()
+            wanted = change.num_devices or count
+            if current is None:
+                self._start(wanted)
+            if change.leave or wanted != count:
+                yield from pending.flush()
+            if change.leave:
+                self._leave()
+            placement = self._placement
+            assert placement is not None
+            done = None
+            if current is not None and wanted != count:
+                done = self._reconfigure(self._placements.on(wanted), change, give_up)
+                placement = self._placement
+            metrics = done or self._execute(placement, give_up)
+            yield from pending.push(self._step, placement, metrics)
+            self._step += 1
+            if self._due(self._eval and self._eval.every, steps):
+                yield from pending.flush()
+                self.evaluate(interrupted=give_up)
+            if self._due(self._checkpoint and self._checkpoint.every, steps):
+                yield from pending.flush()
+                self.save()
+        yield from pending.flush()
+
+    def _due(self, every: int | None, steps: int) -> bool:
+        return bool(every) and (self._step % every == 0)
+
+    def _start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
+        """Puts the state on devices if it is not on any: fresh, or restored."""
+        if self._placement is None or self._state is None:
+            placement = self._placements.on(num_devices or len(self._pool))
+            if self._record is None:
+                self._state = placement.init()
+            else:
+                self._state = self._load(self._record, placement)
+                self._record = None
+            self._placement = placement
+        return self._placement, self._state
+
+    def _execute(
+        self, placement: Placement, give_up: Callable[[], None]
+    ) -> dict[str, Array]:
+        """Runs one step where the state is."""
+        is_first = not placement.is_compiled
+        if is_first:
+            wait_for(placement.compile, give_up)
+        batch = self._prefetcher.get(self._step)
+        self._state, metrics = placement.step(self._state, batch)
+        if is_first and placement.not_donated:
+            self.events.emit(
+                "notice",
+                message="these leaves could not be donated, so that they exist twice "
+                f"during a step: {', '.join(placement.not_donated)}",
+            )
+        return metrics
+
+    def _reconfigure(
+        self, new: Placement, change: Change, give_up: Callable[[], None]
+    ) -> dict[str, Array] | None:
+        """Moves to another placement; returns the metrics of a certified step."""
+        assert self._placement is not None
+        transition = Transition(self._placement, new)
+        old_ids, new_ids = device_ids(transition.old.mesh), device_ids(new.mesh)
+        lost = frozenset(old_ids) - frozenset(new_ids) if change.lost else frozenset()
+        certify = not lost and (
+            self._certify == "always"
+            or (self._certify == "first" and new_ids not in self._certified)
+        )
+        with transition.phase("compile"):
+            if not new.is_compiled:
+                wait_for(new.compile, give_up)
+        before, step = self._state, self._step
+        try:
+            after = transition.move(before, lost=lost, keep_source=certify)
+        except LostStateError as error:
+            after = self._rewind(new, error, transition)
+        metrics, certified = None, None
+        if certify:
+            batch = self._prefetcher.get(step)
+            after, metrics, differing = transition.certify(before, after, batch)
+            certified = not differing
+            if differing and not self._continue_uncertified:
+                raise transition.failure(differing, step)
+            self._certified |= {old_ids, new_ids}
+        self._placement, self._state = new, after
+        self.events.emit(
+            "reconfigure",
+            step=step,
+            from_devices=len(old_ids),
+            to_devices=len(new_ids),
+            from_mesh=mesh_sizes(transition.old.mesh),
+            to_mesh=mesh_sizes(new.mesh),
+            bytes_moved=transition.bytes_moved,
+            phases_s={k: round(v, 6) for k, v in transition.phases_s.items()},
+            certified=certified,
+        )
+        return metrics
+
+    def _rewind(
+        self, new: Placement, error: LostStateError, transition: Transition
+    ) -> TrainState:
+        """Goes back to the newest checkpoint, since shards are gone."""
+        if self._checkpoints is None or not self._checkpoints.steps():
+            raise error
+        with transition.phase("restore"):
+            record = self._checkpoints.record()
+            state = self._load(record, new)
+        repeated = self._step - record["step"]
+        self._step = record["step"]
+        self.events.emit("rewind", step=self._step, repeats=repeated)
+        self.events.emit(
+            "notice",
+            message=f"lost shards: restored step {self._step}, {repeated} steps are "
+            "repeated",
+        )
+        return state
+
+    def evaluate(
+        self, *, interrupted: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Evaluates on the fixed set, to the same bits on every mesh.
+
+        Raises:
+            ConfigError: If the trainer was made without `eval`.
+        """
+        if self._eval is None:
+            raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
+        placement, state = self._start()
+        totals: dict[str, float] = {}
+        for index in range(self._eval.num_batches):
+            interrupted()
+            slots = placement.place_batch(self._eval.data(index))
+            sums = placement.evaluate(state.params, slots, self._step)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        weight = totals.pop("weight")
+        result = {name: total / weight for name, total in totals.items()}
+        self.events.emit("eval", step=self._step, **result)
+        return result
+
+    def state_digest(self) -> str:
+        """Digests the logical state; the same on every mesh."""
+        placement, state = self._start()
+        return combine_digests(placement.digest(state), self._layout)
+
+    def save(self) -> None:
+        """Saves the state now.
+
+        Raises:
+            ConfigError: If the trainer was made without `checkpoint`.
+        """
+        if self._checkpoints is None:
+            raise ConfigError("Trainer.save: made without checkpoint=CheckpointConfig")
+        placement, state = self._start()
+        if self._step not in self._checkpoints.steps():
+            self._checkpoints.save(
+                self._step,
+                state,
+                self._layout,
+                placement.mesh,
+                placement.digest(state),
+                self._manifest,
+            )
+        self.events.emit("checkpoint", step=self._step)
+
+    def restore(self, step: int | None = None) -> int:
+        """Goes to a saved step, the newest by default, on whatever devices are there.
+
+        The state is read when it is first needed, onto the mesh that it is needed on.
+
+        Returns:
+            The step.
+
+        Raises:
+            RestoreError: If there is none, or it is of another run.
+        """
+        if self._checkpoints is None:
+            raise RestoreError("Trainer.restore: made without checkpoint=…")
+        record = self._checkpoints.record(step)
+        changed = self._checkpoints.check(record, self._manifest)
+        if changed and self._recipe.exact:
+            self.events.emit(
+                "notice",
+                message="bits may differ from the run that saved: "
+                + ", ".join(changed),
+            )
+        self._record, self._state, self._placement = record, None, None
+        self._step = record["step"]
+        return self._step
+
+    def close(self) -> None:
+        """Ends background work; a second call does nothing."""
+        self._prefetcher.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+            self._checkpoints = None
+
+    def _load(self, record: Mapping[str, Any], placement: Placement) -> TrainState:
+        assert self._checkpoints is not None
+        state = self._checkpoints.load(record, self._layout, placement.mesh)
+        self._checkpoints.check_digests(record, placement.digest(state))
+        return state
+
+    def _leave(self) -> None:
+        """Saves if there is where to, and stops."""
+        if self._checkpoints is None:
+            raise Preempted(
+                f"asked to leave before step {self._step}; nothing is saved, since the "
+                "trainer was made without checkpoint=…"
+            )
+        self.save()
+        raise Preempted(f"asked to leave; step {self._step} is saved")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"Trainer: {name} must be one of {', '.join(map(repr, choices))}, "
+            f"found {value!r}"
+        )
