@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardkit.errors import Preempted as Preempted
     from shardkit.errors import RestoreError as RestoreError
     from shardkit.errors import ShardkitError as ShardkitError
+    from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.events import EventLog as EventLog
     from shardkit.logical_axes import axes as axes
     from shardkit.logical_axes import infer_shardings as infer_shardings
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from shardkit.model import Model as Model
     from shardkit.program import Program as Program
     from shardkit.recipe import LossScale as LossScale
-    from shardkit.trainer import EvalConfig as EvalConfig
     from shardkit.trainer import Trainer as Trainer
 
 _MODULES = ("data", "keys", "nn")
@@ -47,6 +47,7 @@ _HOMES = {
     "errors": "CertificateError ConfigError DataError InexactError LostStateError "
     "MembershipError MeshError NonFiniteError PartitionError Preempted RestoreError "
     "ShardkitError",
+    "evaluation": "EvalConfig",
     "events": "EventLog",
     "logical_axes": "axes infer_shardings",
     "membership": "Lost combine scripted signals watch_file",
@@ -55,7 +56,7 @@ _HOMES = {
     "model": "LossOutput Model",
     "program": "Program",
     "recipe": "LossScale",
-    "trainer": "EvalConfig Trainer",
+    "trainer": "Trainer",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from shardkit.digest import combine_digests
 from shardkit.errors import RestoreError
 from shardkit.layout import SHARD_AXIS, LeafLayout
+from shardkit.placement import Placement
 from shardkit.reshard import from_host, to_host
 from shardkit.tree import format_table
 
@@ -82,12 +83,12 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        layout: Any,
-        mesh: Mesh,
+        placement: Placement,
         digests: Mapping[str, np.ndarray],
         manifest: Mapping[str, Any],
     ) -> None:
         """Saves a state; returns when it is committed."""
+        layout, mesh = placement.layout, placement.mesh
         leaves = {}
         for array, leaf in zip(
             jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
@@ -171,12 +172,14 @@ class Checkpoints:
             if record["fingerprint"].get(key) != value
         ]
 
-    def load(self, record: Mapping[str, Any], layout: Any, mesh: Mesh) -> Any:
-        """Restores a state onto a mesh; `check_digests` comes after it.
+    def load(self, record: Mapping[str, Any], placement: Placement) -> Any:
+        """Restores a state onto a placement, and compares all digests.
 
         Raises:
-            RestoreError: Naming every leaf that is missing, extra, reshaped or recast.
+            RestoreError: Naming every leaf that is missing, extra, reshaped, recast
+                or damaged.
         """
+        layout, mesh = placement.layout, placement.mesh
         _compare_leaves(record["leaves"], layout, str(self._directory))
         leaves, treedef = jax.tree.flatten(layout)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -196,16 +199,13 @@ class Checkpoints:
             raise RestoreError(
                 f"{self._directory}: step {record['step']} cannot be read: {error}"
             ) from error
-        return treedef.unflatten([_place(found[_name(x)], x, mesh) for x in leaves])
+        state = treedef.unflatten([_place(found[_name(x)], x, mesh) for x in leaves])
+        self._check_digests(record, placement.digest(state))
+        return state
 
-    def check_digests(
+    def _check_digests(
         self, record: Mapping[str, Any], digests: Mapping[str, np.ndarray]
     ) -> None:
-        """Compares what was loaded with what was saved.
-
-        Raises:
-            RestoreError: Naming the leaves that differ.
-        """
         bad = [
             path
             for path, lanes in digests.items()

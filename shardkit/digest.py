@@ -18,9 +18,8 @@ from jaxtyping import UInt32
 
 from shardkit.layout import LeafLayout
 
-__all__ = ["combine_digests", "leaf_digest", "tree_digest"]
+__all__ = ["combine_digests", "leaf_digest"]
 
-NUM_LANES = 4
 # Odd multipliers, from the fractional parts of square roots of small primes.
 _LANE_KEYS = (0x6A09E667, 0xBB67AE85, 0x3C6EF373, 0xA54FF53B)
 _INDEX_KEY, _FIRST_KEY, _SECOND_KEY = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
@@ -68,17 +67,10 @@ def leaf_digest(x: Array, leaf: LeafLayout) -> UInt32[Array, "4"]:
         index = index + position * jnp.uint32(stride % 2**32)
         inside = inside & (position < shape[dim])
         stride *= shape[dim]
-    lanes = []
-    for key in _LANE_KEYS:
-        mixed = _mix(words ^ _mix(index * jnp.uint32(_INDEX_KEY) + jnp.uint32(key)))
-        lanes.append(jnp.sum(jnp.where(inside, mixed, 0), dtype=jnp.uint32))
-    return jnp.stack(lanes)
-
-
-def tree_digest(tree: Any, layout: Any) -> UInt32[Array, "leaves 4"]:
-    """Digests of all leaves, stacked in flattening order; to be traced."""
-    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)
-    return jnp.stack([leaf_digest(x, leaf) for x, leaf in leaves])
+    lanes = jnp.asarray(_LANE_KEYS, jnp.uint32).reshape(-1, *[1] * words.ndim)
+    mixed = _mix(words ^ _mix(index * jnp.uint32(_INDEX_KEY) + lanes))
+    dims = tuple(range(1, mixed.ndim))
+    return jnp.sum(jnp.where(inside, mixed, 0), axis=dims, dtype=jnp.uint32)
 
 
 def combine_digests(digests: Mapping[str, np.ndarray], layout: Any) -> str:

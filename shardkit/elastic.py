@@ -185,6 +185,19 @@ class Transition:
         ]
         return state, metrics, differing
 
+    def report(self, step: int, certified: bool | None) -> dict[str, Any]:
+        """Describes the change, as the event `reconfigure` has it."""
+        return {
+            "step": step,
+            "from_devices": self.old.num_devices,
+            "to_devices": self.new.num_devices,
+            "from_mesh": mesh_sizes(self.old.mesh),
+            "to_mesh": mesh_sizes(self.new.mesh),
+            "bytes_moved": self.bytes_moved,
+            "phases_s": {name: round(s, 6) for name, s in self.phases_s.items()},
+            "certified": certified,
+        }
+
     def failure(self, differing: list[str], step: int) -> CertificateError:
         """Describes a failed certificate."""
         return CertificateError(

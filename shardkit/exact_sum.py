@@ -13,16 +13,22 @@ References:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
+
+from shardkit.shards import pad_dim
 
 __all__ = [
     "INITIAL_EXPONENT",
     "Accumulator",
     "exact_sum",
+    "exact_sums",
     "is_summable",
     "next_exponent",
     "peak_bits",
@@ -32,6 +38,7 @@ _DIGIT_BITS = 16
 _NUM_DIGITS = 3
 # Digits are at most 2**16 in size, so 2**13 of them stay well inside an int32.
 _CHUNK = 1 << 13
+_HALF = 1 << (_DIGIT_BITS - 1)
 _MIN_EXPONENT, _MAX_EXPONENT = -60, 120
 INITIAL_EXPONENT = _MIN_EXPONENT
 """A grid that any real gradient outgrows, so that the first step finds its own."""
@@ -49,7 +56,7 @@ def _power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def peak_bits(
-    x: Float[Array, "..."], dims: Sequence[int] | None = None, keepdims: bool = False
+    x: Float[Array, "..."], dims: Sequence[int] | None = None
 ) -> Int[Array, "..."]:
     """Returns the bits of the largest magnitude, as an int32.
 
@@ -58,7 +65,7 @@ def peak_bits(
     """
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
     axis = None if dims is None else tuple(dims)
-    return jnp.max(bits, axis=axis, keepdims=keepdims, initial=0)
+    return jnp.max(bits, axis=axis, initial=0)
 
 
 def _exponent(bits: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -92,59 +99,102 @@ def exact_sum(
         >>> float(exact_sum(x, [0])), float(exact_sum(x[::-1], [0]))
         (1.5, 1.5)
     """
-    dims = sorted(dims)
-    peak = pmax(peak_bits(x, dims, keepdims=True))
-    exponent = _exponent(peak)
+    return exact_sums([(x, dims)], pmax=pmax, psum=psum)[0]
+
+
+def exact_sums(
+    addends: Sequence[tuple[Float[Array, "..."], Sequence[int]]],
+    *,
+    pmax: Callable[[Array], Array] = _identity,
+    psum: Callable[[Array], Array] = _identity,
+) -> list[Float[Array, "..."]]:
+    """Computes several `exact_sum`s with one `pmax` and one `psum` for all.
+
+    Args:
+        addends: Pairs of an array and the dims to sum over.
+        pmax: As in `exact_sum`.
+        psum: As in `exact_sum`.
+    """
+    moved = [_kept_first(x, dims) for x, dims in addends]
+    peaks = _unpack(pmax(_pack([peak_bits(x, [1]) for x, _ in moved])), moved)
+    digits = [_digits(x, peak) for (x, _), peak in zip(moved, peaks, strict=True)]
+    packed = psum(jnp.concatenate(digits, axis=1))
+    totals = _round_digits(list(packed), _pack(peaks))
+    return [
+        total.reshape(shape)
+        for total, (_, shape) in zip(_unpack(totals, moved), moved, strict=True)
+    ]
+
+
+def _kept_first(
+    x: Array, dims: Sequence[int]
+) -> tuple[Float[Array, "kept summed"], tuple[int, ...]]:
+    """Brings the dims to sum over last, as one; also returns the shape of the rest."""
+    kept = [dim for dim in range(x.ndim) if dim not in dims]
+    shape = tuple(x.shape[dim] for dim in kept)
+    num_summed = math.prod(x.shape[dim] for dim in dims)
+    x = jnp.transpose(x.astype(jnp.float32), (*kept, *sorted(dims)))
+    return x.reshape(math.prod(shape), num_summed), shape
+
+
+def _pack(parts: list[Array]) -> Array:
+    return jnp.concatenate([part.reshape(-1) for part in parts])
+
+
+def _unpack(packed: Array, like: list[tuple[Array, Any]]) -> list[Array]:
+    """Cuts a packed array into one row of sums for each of `like`."""
+    ends = np.cumsum([x.shape[0] for x, _ in like])
+    return jnp.split(packed, ends[:-1].tolist())
+
+
+def _digits(
+    x: Float[Array, "kept summed"], peak: Int[Array, " kept"]
+) -> Int[Array, "digits kept"]:
+    """Cuts every addend into digits below its peak, and sums those in this array."""
+    num_kept, size = x.shape
+    length = max(1, min(size, _CHUNK))
+    num_chunks = max(1, -(-size // length))
+    x = pad_dim(x, 1, num_chunks * length).reshape(num_kept, num_chunks, length)
     # |rest| < 1: x over a power of two no smaller than the peak, hence exact.
-    rest = x.astype(jnp.float32) * _power_of_two(-jnp.minimum(exponent, _MAX_EXPONENT))
+    exponent = jnp.minimum(_exponent(peak), _MAX_EXPONENT)
+    rest = x * _power_of_two(-exponent)[:, None, None]
     digits = []
     for _ in range(_NUM_DIGITS):
         rest = rest * 2.0**_DIGIT_BITS
         whole = jnp.round(rest)
-        digits.append(whole.astype(jnp.int32))
+        digits.append(jnp.sum(whole.astype(jnp.int32), axis=2, dtype=jnp.int32))
         rest = rest - whole
-    digits = [jnp.zeros_like(digits[0]), *digits]
-    for dim in reversed(dims):
-        digits = _sum_digits(digits, dim)
-    digits = _carry([psum(digit) for digit in digits])
-    total = jnp.zeros(digits[0].shape, jnp.float32)
-    for place, digit in reversed(list(enumerate(digits))):
-        total = total + digit.astype(jnp.float32) * 2.0 ** (-_DIGIT_BITS * place)
-    total = total * _power_of_two(jnp.minimum(exponent, _MAX_EXPONENT))
-    total = jnp.where(is_summable(peak), total, jnp.nan)
-    return jnp.squeeze(total, axis=tuple(dims))
+    sums = _carry_once(jnp.stack([jnp.zeros_like(digits[0]), *digits]))
+    while sums.shape[2] > 1:
+        length = min(sums.shape[2], _CHUNK)
+        sums = pad_dim(sums, 2, -(-sums.shape[2] // length) * length)
+        sums = sums.reshape(*sums.shape[:2], -1, length)
+        sums = _carry_once(jnp.sum(sums, axis=3, dtype=jnp.int32))
+    return sums.reshape(_NUM_DIGITS + 1, num_kept)
 
 
-def _sum_digits(digits: list[Array], dim: int) -> list[Array]:
-    """Sums digit arrays over `dim`, keeping it with size 1, carries resolved."""
-    size = digits[0].shape[dim]
-    if size > _CHUNK:
-        num_chunks = -(-size // _CHUNK)
-        digits = [_split(digit, dim, num_chunks) for digit in digits]
-        digits = [jnp.squeeze(d, dim + 1) for d in _sum_digits(digits, dim + 1)]
-        return _sum_digits(digits, dim)
-    return _carry(
-        [jnp.sum(d, axis=dim, keepdims=True, dtype=jnp.int32) for d in digits]
-    )
+def _carry_once(digits: Int[Array, "digits ..."]) -> Int[Array, "digits ..."]:
+    """Brings digits below 2³⁰ under 2¹⁶, all but the first, keeping the value."""
+    carry = (digits[1:] + _HALF) >> _DIGIT_BITS
+    rest = digits[1:] - (carry << _DIGIT_BITS)
+    zero = jnp.zeros_like(carry[:1])
+    return jnp.concatenate([digits[:1], rest]) + jnp.concatenate([carry, zero])
 
 
-def _split(x: Array, dim: int, num_chunks: int) -> Array:
-    """Reshapes `dim` to `[num_chunks, chunk]`, zero-padded."""
-    pad = [(0, 0)] * x.ndim
-    pad[dim] = (0, num_chunks * _CHUNK - x.shape[dim])
-    shape = (*x.shape[:dim], num_chunks, _CHUNK, *x.shape[dim + 1 :])
-    return jnp.pad(x, pad).reshape(shape)
-
-
-def _carry(digits: list[Array]) -> list[Array]:
-    """Brings every digit but the first into [-2¹⁵, 2¹⁵), keeping the value."""
+def _round_digits(
+    digits: list[Int[Array, " sums"]], peak: Int[Array, " sums"]
+) -> Float[Array, " sums"]:
+    """Rounds sums to float32; equal values give equal bits, whatever their digits."""
     digits = list(digits)
-    half = 1 << (_DIGIT_BITS - 1)
     for place in range(len(digits) - 1, 0, -1):
-        carry = (digits[place] + half) >> _DIGIT_BITS
+        carry = (digits[place] + _HALF) >> _DIGIT_BITS
         digits[place] = digits[place] - (carry << _DIGIT_BITS)
         digits[place - 1] = digits[place - 1] + carry
-    return digits
+    total = jnp.zeros(peak.shape, jnp.float32)
+    for place, digit in reversed(list(enumerate(digits))):
+        total = total + digit.astype(jnp.float32) * 2.0 ** (-_DIGIT_BITS * place)
+    total = total * _power_of_two(jnp.minimum(_exponent(peak), _MAX_EXPONENT))
+    return jnp.where(is_summable(peak), total, jnp.nan)
 
 
 def is_summable(peak: Int[Array, "..."]) -> Array:

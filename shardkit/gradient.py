@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from shardkit.collectives import sum_to_pieces
 from shardkit.exact_sum import (
     Accumulator,
     exact_sum,
@@ -23,11 +24,11 @@ from shardkit.exact_sum import (
     peak_bits,
 )
 from shardkit.keys import step_key
-from shardkit.layout import SHARD_AXIS
+from shardkit.layout import state_shards
 from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
 from shardkit.model import LossOutput, as_loss_output
-from shardkit.shards import pad_dim
+from shardkit.rounding import opaque_zero, unfused
 
 __all__ = ["MicrobatchLoop"]
 
@@ -125,8 +126,10 @@ class MicrobatchLoop:
         if self.exact:
             # Dividing by a broadcast is rewritten differently on one device.
             inverse, sums = lax.optimization_barrier((inverse, sums))
+        zero = opaque_zero(step)
         grads = [
-            (g * inverse).astype(p.dtype) for g, p in zip(sums, leaves, strict=True)
+            unfused(g * inverse, zero).astype(p.dtype)
+            for g, p in zip(sums, leaves, strict=True)
         ]
         return out, treedef.unflatten(grads), grad_exponent, passes
 
@@ -171,14 +174,17 @@ class MicrobatchLoop:
         (limbs, peaks, rows), exponents, passes = lax.while_loop(
             outgrown, one_pass, (empty, exponents, jnp.int32(0))
         )
-        sums = []
-        for n, (pair, dim) in enumerate(zip(limbs, dims, strict=True)):
-            pair = (
-                self._add_over_devices(pair[0], dim),
-                self._add_over_devices(pair[1], dim),
+        num = len(leaves)
+        limbs = [pair[0] for pair in limbs] + [pair[1] for pair in limbs]
+        limbs = self._add_over_devices(limbs, dims * 2)
+        sums = [
+            jnp.where(
+                is_summable(peaks[n]),
+                accumulator.total((limbs[n], limbs[n + num]), exponents[n]),
+                jnp.nan,
             )
-            total = accumulator.total(pair, exponents[n])
-            sums.append(jnp.where(is_summable(peaks[n]), total, jnp.nan))
+            for n in range(num)
+        ]
         return rows, sums, next_exponent(exponents, peaks)[0], passes
 
     def _fast_pass(
@@ -197,9 +203,7 @@ class MicrobatchLoop:
 
         empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
         sums, rows = lax.fori_loop(0, count, body, (empty, self._empty_rows()))
-        return rows, [
-            self._add_over_devices(s, dim) for s, dim in zip(sums, dims, strict=True)
-        ]
+        return rows, self._add_over_devices(sums, dims)
 
     def _bounds(self) -> tuple[Array, Array]:
         """This device's first microbatch, and how many it computes."""
@@ -208,14 +212,8 @@ class MicrobatchLoop:
         grid = Grid(self.num_microbatches, num_devices)
         return jnp.asarray(grid.starts)[index], jnp.asarray(grid.counts)[index]
 
-    def _add_over_devices(self, x: Array, dim: int) -> Array:
-        """Adds over all devices; each keeps its piece of `dim`."""
-        if dim < 0:
-            return lax.psum(x, BATCH_AXES)
-        count = self.mesh.shape[SHARD_AXIS]
-        x = pad_dim(x, dim, -(-x.shape[dim] // count) * count)
-        x = lax.psum_scatter(x, SHARD_AXIS, scatter_dimension=dim, tiled=True)
-        return lax.psum(x, "data")
+    def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
+        return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")
 
     def _empty_rows(self) -> Array:
         return jnp.zeros((self.output.num_leaves, self.num_microbatches), jnp.float32)

@@ -45,8 +45,8 @@ def check_generator(key: PRNGKeyArray | None = None) -> None:
         >>> check_generator(jax.random.key(0))
     """
     if key is None:
-        name = str(jax.config.jax_default_prng_impl)
-        if not jax.config.jax_threefry_partitionable:
+        name = str(jax.config.jax_default_prng_impl)  # pyright: ignore
+        if not jax.config.jax_threefry_partitionable:  # pyright: ignore
             raise InexactError(
                 "jax_threefry_partitionable is off: the draws of a sharded array then "
                 "depend on its sharding. Remove the setting (on is JAX's default)."

@@ -124,10 +124,13 @@ def plan_pieces(
         Device → pieces in order; None if part of the leaf survives nowhere.
     """
     sources = holders(leaf, old, lost)
-    if not all(sources):
-        return None
-    plan: dict[Any, list[Piece]] = {}
     count = len(sources)
+    for i, devices in enumerate(sources):
+        start, stop = leaf.interval(i, count) if leaf.dim >= 0 else (0, 1)
+        # A piece of padding alone can be lost without a loss.
+        if not devices and start < stop:
+            return None
+    plan: dict[Any, list[Piece]] = {}
     for index, row in enumerate(holders(leaf, new, frozenset())):
         for turn, target in enumerate(row):
             if leaf.dim < 0:
@@ -139,7 +142,7 @@ def plan_pieces(
                 start, stop = leaf.interval(i, count)
                 a, b = max(low, start), min(high, stop)
                 if a < b:
-                    source = _pick(devices, target, turn)
+                    source = _pick(devices, target, index + turn)
                     plan[target].append(Piece(source, a, b))
     return plan
 

@@ -19,21 +19,28 @@ from jax import Array, lax
 from jax.extend import core, source_info_util
 
 from shardkit.errors import InexactError
-from shardkit.exact_sum import exact_sum
+from shardkit.exact_sum import exact_sums
+from shardkit.jaxprs import Step, flatten, results
 from shardkit.layout import LeafLayout
+from shardkit.rounding import unfused
 from shardkit.shards import Shards
 
 __all__ = ["Localizer", "Shard"]
 
 _ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type
-    cbrt ceil clamp conj convert_element_type copy copy_p cos cosh digamma div eq
-    eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow
-    is_finite le lgamma log log1p logistic lt lt_to le_to max min mul ne neg nextafter
-    not optimization_barrier or population_count pow real reduce_precision rem round
-    rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh
-    sqrt square stop_gradient sub tan tanh xor""".split()
+    """abs add add_any and ceil clamp convert_element_type copy copy_p div eq floor ge
+    gt integer_pow is_finite le lt max min mul ne neg nextafter not
+    optimization_barrier or real reduce_precision rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sqrt square stop_gradient sub
+    xor bitcast_convert_type""".split()
 )
+# Approximated by code that differs between the body and the rest of a vector loop,
+# so that an element's bits depend on where in which array it stands.
+_APPROXIMATED = frozenset(
+    """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc
+    exp exp2 expm1 lgamma log log1p logistic pow sin sinh tan tanh""".split()
+)
+_PRODUCTS = frozenset(["mul", "integer_pow", "square"])
 _REFUSED = {
     "rng_bit_generator": "its bits depend on the sharding; use threefry keys",
     "rng_uniform": "its bits depend on the sharding; use threefry keys",
@@ -62,14 +69,18 @@ class Localizer:
 
     Args:
         shards: How sharded leaves are cut.
+        zero: An int32 zero that the compiler cannot know to be one. It keeps products
+            from being fused with sums into operations that round once; which ones
+            would be, differs with the shape of a piece.
 
     Attributes:
         gathered: What had to be done on gathered arrays: `(operation, shape)`. Each
             costs the memory of the whole array on every device.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, zero: Array | int = 0) -> None:
         self.shards = shards
+        self._zero = jnp.asarray(zero, jnp.int32)
         self.gathered: list[tuple[str, tuple[int, ...]]] = []
 
     def __call__(
@@ -120,19 +131,32 @@ class Localizer:
     def _eval(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Shard]
     ) -> list[Shard]:
-        env: dict[Any, Shard] = {}
-        env.update(zip(jaxpr.constvars, map(Shard, consts), strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
+        """Runs equations as soon as they can, and sums that can wait together.
 
-        def read(atom: Any) -> Shard:
-            return Shard(atom.val) if isinstance(atom, core.Literal) else env[atom]
+        Every sum over shards costs two collectives, so sums that do not depend on
+        one another are taken in one go.
+        """
+        values: list[Shard | None] = []
+        steps, outs = flatten(jaxpr, consts, args, values, Shard)
+        while steps:
+            waiting, sums, unknown = [], [], set()
+            for step in steps:
+                eqn, ins, produced = step
+                if not unknown.isdisjoint(ins):
+                    waiting.append(step)
+                    unknown.update(produced)
+                elif _is_float_sum(eqn):
+                    sums.append(step)
+                    unknown.update(produced)
+                else:
+                    results = self._apply(eqn, [values[i] for i in ins])  # pyright: ignore
+                    for index, result in zip(produced, results, strict=True):
+                        values[index] = result
+            self._float_sums(sums, values)
+            steps = waiting
+        return [values[i] for i in outs]  # pyright: ignore
 
-        for eqn in jaxpr.eqns:
-            outs = self._apply(eqn, [read(atom) for atom in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _apply(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
+    def _apply(self, eqn: Any, args: list[Shard]) -> list[Shard]:
         """Carries out one equation."""
         name = eqn.primitive.name
         if name in _REFUSED:
@@ -141,11 +165,8 @@ class Localizer:
                 f"cannot be made exact: {_REFUSED[name]}; or run with "
                 "consistency='fast'."
             )
-        inner = _inner_jaxpr(eqn)
-        if inner is not None:
-            return self._eval(inner.jaxpr, inner.consts, args)
-        if name == "reduce_sum" and _is_float(eqn.outvars[0].aval):
-            return [self._float_sum(args[0], eqn.params["axes"])]
+        if name in _APPROXIMATED and self.shards.exact:
+            return self._gather_and_bind(eqn, args)
         if all(arg.dim is None for arg in args):
             return self._bind(eqn, [arg.array for arg in args])
         if name == "cond":
@@ -157,17 +178,27 @@ class Localizer:
         out = rule(self, eqn, args[0]) if rule is not None else None
         return self._gather_and_bind(eqn, args) if out is None else [out]
 
-    def _bind(
-        self, eqn: core.JaxprEqn, arrays: list[Any], **params: Any
-    ) -> list[Shard]:
-        out = eqn.primitive.bind(*arrays, **{**eqn.params, **params})
-        return [Shard(x) for x in (out if eqn.primitive.multiple_results else [out])]
+    def _bind(self, eqn: core.JaxprEqn, arrays: list[Any]) -> list[Shard]:
+        if not self.shards.exact:
+            return [Shard(x) for x in results(eqn, arrays)]
+        if eqn.primitive.name == "rsqrt":
+            # Both of these are rounded correctly, and it is not.
+            return [Shard(1 / jnp.sqrt(arrays[0]))]
+        outs = results(eqn, arrays)
+        if eqn.primitive.name in _PRODUCTS:
+            outs = [unfused(x, self._zero) for x in outs]
+        return [Shard(x) for x in outs]
 
-    def _gather_and_bind(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
+    def _gather_and_bind(self, eqn: Any, args: list[Shard]) -> list[Shard]:
+        """Works on whole arrays, apart from what surrounds it."""
         for arg, atom in zip(args, eqn.invars, strict=True):
             if arg.dim is not None:
                 self.gathered.append((eqn.primitive.name, atom.aval.shape))
-        return self._bind(eqn, [self._whole(arg) for arg in args])
+        arrays = [self._whole(arg) for arg in args]
+        if not self.shards.exact:
+            return self._bind(eqn, arrays)
+        outs = self._bind(eqn, lax.optimization_barrier(arrays))
+        return [Shard(lax.optimization_barrier(out.array)) for out in outs]
 
     def _whole(self, value: Shard) -> Array:
         if value.dim is None:
@@ -192,25 +223,36 @@ class Localizer:
         outs = self._bind(eqn, arrays)
         return [Shard(out.array, lead.dim, lead.size) for out in outs]
 
-    def _float_sum(self, value: Shard, dims: Sequence[int]) -> Shard:
+    def _float_sums(self, steps: list[Step], values: list[Shard | None]) -> None:
         """Sums floats to the same bits on any number of shards."""
-        across = value.dim in dims
-        x = value.array
-        if across:
-            assert value.dim is not None
-            x = self.shards.mask(x, value.dim, value.size, 0)
-        if not self.shards.exact:
-            total = jnp.sum(x, axis=tuple(dims))
-            total = self.shards.psum(total) if across else total
-        elif across:
-            total = exact_sum(
-                x, dims, pmax=self.shards.pmax, psum=self.shards.psum
-            ).astype(x.dtype)
-        else:
-            total = exact_sum(x, dims).astype(x.dtype)
-        if across or value.dim is None:
-            return Shard(total)
-        return Shard(total, _dim_after_reduction(value.dim, dims), value.size)
+        shards = self.shards
+        for across in (False, True):
+            batch = []
+            for eqn, [source], [target] in steps:
+                x, dims = values[source], eqn.params["axes"]
+                assert x is not None
+                if (x.dim in dims) == across:
+                    array = x.array
+                    if across:
+                        array = shards.mask(array, x.dim, x.size, 0)  # pyright: ignore
+                    batch.append((target, x, array, dims))
+            if not batch:
+                continue
+            addends = [(array, dims) for _, _, array, dims in batch]
+            psum = shards.psum if across else _identity
+            if shards.exact:
+                pmax = shards.pmax if across else _identity
+                totals = exact_sums(addends, pmax=pmax, psum=psum)
+            else:
+                totals = [psum(jnp.sum(a, axis=tuple(dims))) for a, dims in addends]
+            for (target, x, array, dims), total in zip(batch, totals, strict=True):
+                total = total.astype(array.dtype)
+                cut = not across and x.dim is not None
+                values[target] = (
+                    Shard(total, _dim_after_reduction(x.dim, dims), x.size)  # pyright: ignore
+                    if cut
+                    else Shard(total)
+                )
 
     def _cond(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
         """Translates the branches, then brings their results to one cut."""
@@ -247,24 +289,19 @@ class Localizer:
         ]
 
 
-def _cut_shape(eqn: core.JaxprEqn, args: list[Shard]) -> tuple[int, ...]:
+def _identity(x: Array) -> Array:
+    return x
+
+
+def _is_float_sum(eqn: Any) -> bool:
+    is_float = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+    return eqn.primitive.name == "reduce_sum" and is_float
+
+
+def _cut_shape(eqn: Any, args: list[Shard]) -> tuple[int, ...]:
     """Returns the whole shape of the first operand that is cut."""
     pairs = zip(args, eqn.invars, strict=True)
     return next(atom.aval.shape for arg, atom in pairs if arg.dim is not None)
-
-
-def _is_float(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)
-
-
-def _inner_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Returns the body of an equation that merely wraps another function."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        body = eqn.params.get(name)
-        if body is None or eqn.primitive.name in ("while", "scan", "cond"):
-            continue
-        return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
-    return None
 
 
 def _dim_after_reduction(dim: int, reduced: Sequence[int]) -> int:
@@ -281,7 +318,7 @@ def _broadcast(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | No
     return Shard(out, dim, x.size)
 
 
-def _reshape(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
+def _reshape(localizer: Localizer, eqn: Any, x: Shard) -> Shard | None:
     """Keeps the cut where the cut dim survives as it is."""
     assert x.dim is not None
     old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]

@@ -58,7 +58,8 @@ def axes(array: Any, *names: str | PartitionSpec | None) -> Annotated:
             `PartitionSpec` for a user who wants mesh axes directly.
 
     Raises:
-        PartitionError: If the number of names is not the number of dims.
+        PartitionError: If the number of names is not the number of dims, or a
+            `PartitionSpec` names anything but one mesh axis for a dim.
 
     Example:
         >>> axes(np.zeros((4, 8)), "embed", "mlp").names
@@ -66,6 +67,12 @@ def axes(array: Any, *names: str | PartitionSpec | None) -> Annotated:
     """
     if len(names) == 1 and isinstance(names[0], PartitionSpec):
         spec = names[0]
+        bad = [entry for entry in spec if entry not in (None, *MESH_AXES)]
+        if bad:
+            raise PartitionError(
+                f"sk.axes: expected at most one mesh axis for each dim, one of "
+                f"{', '.join(MESH_AXES)}; found {bad} in {spec}"
+            )
         padded = (*spec, *[None] * (np.ndim(array) - len(spec)))
         names = tuple(None if a is None else f"mesh:{a}" for a in padded)
     if len(names) != np.ndim(array):
@@ -264,8 +271,8 @@ def infer_shardings(tree: Any, axis_rules: AxisRules, mesh: Mesh) -> Any:
         >>> from shardkit.mesh import MeshSpec
         >>> mesh = MeshSpec(fsdp=-1).build(jax.devices()[:1])
         >>> tree = {"w": axes(np.zeros((4, 8)), "embed", "mlp")}
-        >>> infer_shardings(tree, {"embed": "fsdp"}, mesh)["w"].spec
-        PartitionSpec('fsdp', None)
+        >>> infer_shardings(tree, {"embed": "fsdp"}, mesh)["w"].spec[0]
+        'fsdp'
     """
     check_rules(axis_rules, set(axis_rules))
     arrays, treedef = jax.tree.flatten(strip(tree))

@@ -158,22 +158,24 @@ class _WatchedFile(_Silent):
             stamp = (stat.st_mtime_ns, stat.st_size)
             if stamp == self._seen:
                 return None
-            text = self._path.read_text()
+            text = self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
         self._seen = stamp
         try:
             request = json.loads(text)
-            count = request["num_devices"]
-            if type(count) is not int or set(request) - {"num_devices", "lost"}:
+            count, lost = request["num_devices"], request.get("lost", False)
+            known = not set(request) - {"num_devices", "lost"}
+            if not (known and type(count) is int and type(lost) is bool):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise MembershipError(
-                f'{self._path}: expected {{"num_devices": N}}, found {text[:80]!r}. '
+                f'{self._path}: expected {{"num_devices": N}}, or with "lost": true '
+                f"too, found {text[:80]!r}. "
                 "Write the file elsewhere and move it here, so that it is never seen "
                 "half-written."
             ) from None
-        return Change(count, lost=bool(request.get("lost", False)))
+        return Change(count, lost=lost)
 
 
 class _Combined:

@@ -133,6 +133,7 @@ def mesh_sizes(mesh: Mesh) -> dict[str, int]:
     """Returns the axes of `mesh` that are larger than 1, for people to read.
 
     Example:
+        >>> import jax
         >>> mesh_sizes(MeshSpec(data=1, fsdp=-1).build(jax.devices()[:1]))
         {'data': 1}
     """

@@ -17,7 +17,8 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from shardkit.digest import tree_digest
+from shardkit.collectives import gather_pieces
+from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
 from shardkit.gradient import MicrobatchLoop
 from shardkit.keys import root_key
@@ -27,6 +28,7 @@ from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
 from shardkit.program import Program
 from shardkit.recipe import Recipe
+from shardkit.rounding import opaque_zero
 from shardkit.state import TrainState
 
 __all__ = ["Placement", "put"]
@@ -78,7 +80,6 @@ class Placement:
                 ),
                 name="evaluate",
             ),
-            "digest": make(self._digest, name="digest"),
         }
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
         self._execute: Any = None
@@ -133,11 +134,24 @@ class Placement:
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
-        rows = np.asarray(self.programs["digest"](state))
-        return {
-            leaf.path: row
-            for leaf, row in zip(jax.tree.leaves(self.layout), rows, strict=True)
-        }
+        leaves: list[LeafLayout] = jax.tree.leaves(self.layout)
+        lanes = [
+            self._digester(leaf)(x)
+            for leaf, x in zip(leaves, jax.tree.leaves(state), strict=True)
+        ]
+        return {leaf.path: np.asarray(x) for leaf, x in zip(leaves, lanes, strict=True)}
+
+    def _digester(self, leaf: LeafLayout) -> Program:
+        """Returns the program for leaves of one shape; a state has few shapes."""
+        key = f"digest {leaf.shape} {leaf.dim}"
+        if key not in self.programs:
+            whole = NamedSharding(self.mesh, PartitionSpec())
+
+            def digest(x: Array) -> Array:
+                return lax.with_sharding_constraint(leaf_digest(x, leaf), whole)
+
+            self.programs[key] = Program(digest, name="digest", exact=False)
+        return self.programs[key]
 
     def place_batch(self, batch: Any) -> Any:
         """Cuts a global batch into microbatches and gives each device its own."""
@@ -168,14 +182,16 @@ class Placement:
         )
 
     def _gather(self, params: Any) -> Any:
-        def gather(x: Array, leaf: LeafLayout) -> Array:
-            if leaf.dim < 0:
-                return x
-            return self._shards.gather(x, leaf.dim, leaf.shape[leaf.dim])
-
-        whole = jax.tree.map(gather, params, self.layout.params)
+        arrays, treedef = jax.tree.flatten(params)
+        leaves: list[LeafLayout] = jax.tree.leaves(self.layout.params)
+        cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
+        dims = [leaves[i].dim for i in cut]
+        sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
+        wholes = gather_pieces([arrays[i] for i in cut], dims, sizes, self._shards)
+        for i, whole in zip(cut, wholes, strict=True):
+            arrays[i] = whole
         # What follows must see parameters, not slices of a gathered buffer.
-        return lax.optimization_barrier(whole)
+        return lax.optimization_barrier(treedef.unflatten(arrays))
 
     def _init(self, root: PRNGKeyArray) -> TrainState:
         state = lax.optimization_barrier(self.recipe.first_state(root))
@@ -199,7 +215,7 @@ class Placement:
             loss_scale=state.loss_scale and state.loss_scale[0],
         )
         abstract, dims = self._abstract, self._dims
-        localizer = Localizer(self._shards)
+        localizer = Localizer(self._shards, opaque_zero(state.step))
         (state, metrics), (new_dims, _) = localizer(
             self.recipe.update,
             (state, grads, grad_exponent),
@@ -222,12 +238,6 @@ class Placement:
             self._gather(params), slots, root, step
         )
         return {"loss": out.loss_sum, "weight": out.weight, **out.metrics}
-
-    def _digest(self, state: TrainState) -> Array:
-        rows = tree_digest(state, self.layout)
-        return lax.with_sharding_constraint(
-            rows, NamedSharding(self.mesh, PartitionSpec())
-        )
 
 
 def put(x: Any, sharding: NamedSharding) -> Array:

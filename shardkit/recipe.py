@@ -27,6 +27,8 @@ from shardkit.tree import format_table, named_leaves
 
 __all__ = ["LossScale", "Recipe"]
 
+_MAX_ROUNDS = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossScale:
@@ -121,7 +123,7 @@ class Recipe:
             ema = jax.tree.map(
                 lambda e, p: (decay * e + (1 - decay) * p).astype(p.dtype), ema, params
             )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -184,24 +186,30 @@ class Recipe:
 
     def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
         """Cuts the optimizer's state as its own update does, until nothing changes."""
-        found: Any = dims
+        # Any cut is right, as results are brought to it: a state that never settles,
+        # such as one that is transposed at every step, only moves more.
+        for _ in range(_MAX_ROUNDS):
+            found = self._dims_after_update(abstract, dims)
+            if jax.tree.leaves(found) == jax.tree.leaves(dims.opt_state):
+                break
+            dims = dataclasses.replace(dims, opt_state=found)
+        return dims
 
-        def trace(state: Any, grads: Any, exponent: Any) -> Any:
+    def _dims_after_update(self, abstract: TrainState, dims: TrainState) -> Any:
+        """Returns how one update leaves the optimizer's state cut."""
+        found: Any = None
+        shapes = (abstract, abstract.params, abstract.grad_exponent)
+        in_dims = (dims, dims.params, dims.grad_exponent)
+
+        def trace(*args: Any) -> Any:
             nonlocal found
-            args = (state, grads, exponent)
-            exponent_dims = dims.grad_exponent
-            out, (new_dims, _) = Localizer(Shards(exact=self.exact))(
-                self.update, args, (dims, dims.params, exponent_dims), args_shapes
-            )
-            found = new_dims
+            localizer = Localizer(Shards(exact=self.exact))
+            out, (new_dims, _) = localizer(self.update, args, in_dims, shapes)
+            found = new_dims.opt_state
             return out
 
-        args_shapes = (abstract, abstract.params, abstract.grad_exponent)
-        while True:
-            jax.eval_shape(trace, *args_shapes)
-            if found.opt_state == dims.opt_state:
-                return dims
-            dims = dataclasses.replace(dims, opt_state=found.opt_state)
+        jax.eval_shape(trace, *shapes)
+        return found
 
     def output_structure(self, params: Any, microbatch: Any) -> tuple[Any, Any]:
         """Returns the structure of what `loss` and `eval_loss` return.

@@ -5,7 +5,6 @@ computes nothing itself. Invariant: the state, the data cursor and the step are 
 whatever happens, the run goes on at the step where the state stands.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,35 +20,20 @@ from shardkit.errors import (
     ConfigError,
     LostStateError,
     Preempted,
-    RestoreError,
 )
+from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
 from shardkit.layout import SHARD_AXIS
 from shardkit.logical_axes import AxisRules
 from shardkit.membership import Change, Membership, scripted
-from shardkit.mesh import MeshSpec, device_ids, mesh_sizes
+from shardkit.mesh import MeshSpec, device_ids
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.placement import Placement
 from shardkit.prefetch import Prefetcher
 from shardkit.recipe import LossScale, Recipe
 from shardkit.state import TrainState
 
-__all__ = ["EvalConfig", "Trainer"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """When and on what a `Trainer` evaluates.
-
-    Attributes:
-        data: `index → global batch`.
-        every: Steps between evaluations.
-        num_batches: The fixed set is batches 0 to this.
-    """
-
-    data: Callable[[int], Any]
-    every: int
-    num_batches: int = 1
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -167,8 +151,7 @@ class Trainer:
         self._checkpoint = checkpoint
         self._checkpoints = Checkpoints(checkpoint) if checkpoint else None
         self._record: dict[str, Any] | None = None
-        self._placement: Placement | None = None
-        self._state: TrainState | None = None
+        self._live: tuple[Placement, TrainState] | None = None
         self._step = 0
         self._certified: set[tuple[int, ...]] = set()
 
@@ -225,57 +208,52 @@ class Trainer:
 
         pending = Pending(self._recipe.loss_scale is None)
         while self._step < steps:
-            current = self._placement
-            count = len(self._pool) if current is None else current.num_devices
+            count = self._live[0].num_devices if self._live else len(self._pool)
             change = membership.poll(self._step, count) or Change()
             wanted = change.num_devices or count
-            if current is None:
-                self._start(wanted)
-            if change.leave or wanted != count:
+            moves = self._live is not None and wanted != count
+            if moves or change.leave:
                 yield from pending.flush()
+            self._start(wanted)
             if change.leave:
                 self._leave()
-            placement = self._placement
-            assert placement is not None
-            done = None
-            if current is not None and wanted != count:
-                done = self._reconfigure(self._placements.on(wanted), change, give_up)
-                placement = self._placement
-            metrics = done or self._execute(placement, give_up)
-            yield from pending.push(self._step, placement, metrics)
-            self._step += 1
-            if self._due(self._eval and self._eval.every, steps):
+            metrics = self._reconfigure(wanted, change, give_up) if moves else None
+            step = self._step
+            if metrics is None:
+                metrics = self._execute(give_up)
+            # The state has moved on, so the step does before anybody sees either.
+            self._step = step + 1
+            yield from pending.push(step, self._start()[0], metrics)
+            if self._eval and self._is_due(self._eval.every):
                 yield from pending.flush()
                 self.evaluate(interrupted=give_up)
-            if self._due(self._checkpoint and self._checkpoint.every, steps):
+            if self._checkpoint and self._is_due(self._checkpoint.every):
                 yield from pending.flush()
                 self.save()
         yield from pending.flush()
 
-    def _due(self, every: int | None, steps: int) -> bool:
-        return bool(every) and (self._step % every == 0)
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self._step % every == 0
 
     def _start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
         """Puts the state on devices if it is not on any: fresh, or restored."""
-        if self._placement is None or self._state is None:
+        if self._live is None:
             placement = self._placements.on(num_devices or len(self._pool))
             if self._record is None:
-                self._state = placement.init()
+                state = placement.init()
             else:
-                self._state = self._load(self._record, placement)
-                self._record = None
-            self._placement = placement
-        return self._placement, self._state
+                state = self._saved().load(self._record, placement)
+            self._live = placement, state
+        return self._live
 
-    def _execute(
-        self, placement: Placement, give_up: Callable[[], None]
-    ) -> dict[str, Array]:
+    def _execute(self, give_up: Callable[[], None]) -> dict[str, Array]:
         """Runs one step where the state is."""
+        placement, state = self._start()
         is_first = not placement.is_compiled
         if is_first:
             wait_for(placement.compile, give_up)
-        batch = self._prefetcher.get(self._step)
-        self._state, metrics = placement.step(self._state, batch)
+        state, metrics = placement.step(state, self._prefetcher.get(self._step))
+        self._live = placement, state
         if is_first and placement.not_donated:
             self.events.emit(
                 "notice",
@@ -285,12 +263,13 @@ class Trainer:
         return metrics
 
     def _reconfigure(
-        self, new: Placement, change: Change, give_up: Callable[[], None]
+        self, num_devices: int, change: Change, give_up: Callable[[], None]
     ) -> dict[str, Array] | None:
-        """Moves to another placement; returns the metrics of a certified step."""
-        assert self._placement is not None
-        transition = Transition(self._placement, new)
-        old_ids, new_ids = device_ids(transition.old.mesh), device_ids(new.mesh)
+        """Moves to another placement; returns the metrics of a step if it did one."""
+        old, before = self._start()
+        new = self._placements.on(num_devices)
+        transition = Transition(old, new)
+        old_ids, new_ids = device_ids(old.mesh), device_ids(new.mesh)
         lost = frozenset(old_ids) - frozenset(new_ids) if change.lost else frozenset()
         certify = not lost and (
             self._certify == "always"
@@ -299,31 +278,20 @@ class Trainer:
         with transition.phase("compile"):
             if not new.is_compiled:
                 wait_for(new.compile, give_up)
-        before, step = self._state, self._step
         try:
             after = transition.move(before, lost=lost, keep_source=certify)
         except LostStateError as error:
             after = self._rewind(new, error, transition)
         metrics, certified = None, None
         if certify:
-            batch = self._prefetcher.get(step)
+            batch = self._prefetcher.get(self._step)
             after, metrics, differing = transition.certify(before, after, batch)
             certified = not differing
             if differing and not self._continue_uncertified:
-                raise transition.failure(differing, step)
+                raise transition.failure(differing, self._step)
             self._certified |= {old_ids, new_ids}
-        self._placement, self._state = new, after
-        self.events.emit(
-            "reconfigure",
-            step=step,
-            from_devices=len(old_ids),
-            to_devices=len(new_ids),
-            from_mesh=mesh_sizes(transition.old.mesh),
-            to_mesh=mesh_sizes(new.mesh),
-            bytes_moved=transition.bytes_moved,
-            phases_s={k: round(v, 6) for k, v in transition.phases_s.items()},
-            certified=certified,
-        )
+        self._live = new, after
+        self.events.emit("reconfigure", **transition.report(self._step, certified))
         return metrics
 
     def _rewind(
@@ -334,7 +302,7 @@ class Trainer:
             raise error
         with transition.phase("restore"):
             record = self._checkpoints.record()
-            state = self._load(record, new)
+            state = self._checkpoints.load(record, new)
         repeated = self._step - record["step"]
         self._step = record["step"]
         self.events.emit("rewind", step=self._step, repeats=repeated)
@@ -356,15 +324,7 @@ class Trainer:
         if self._eval is None:
             raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
         placement, state = self._start()
-        totals: dict[str, float] = {}
-        for index in range(self._eval.num_batches):
-            interrupted()
-            slots = placement.place_batch(self._eval.data(index))
-            sums = placement.evaluate(state.params, slots, self._step)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        weight = totals.pop("weight")
-        result = {name: total / weight for name, total in totals.items()}
+        result = evaluate(self._eval, placement, state.params, self._step, interrupted)
         self.events.emit("eval", step=self._step, **result)
         return result
 
@@ -379,18 +339,11 @@ class Trainer:
         Raises:
             ConfigError: If the trainer was made without `checkpoint`.
         """
-        if self._checkpoints is None:
-            raise ConfigError("Trainer.save: made without checkpoint=CheckpointConfig")
+        checkpoints = self._saved()
         placement, state = self._start()
-        if self._step not in self._checkpoints.steps():
-            self._checkpoints.save(
-                self._step,
-                state,
-                self._layout,
-                placement.mesh,
-                placement.digest(state),
-                self._manifest,
-            )
+        if self._step not in checkpoints.steps():
+            digests = placement.digest(state)
+            checkpoints.save(self._step, state, placement, digests, self._manifest)
         self.events.emit("checkpoint", step=self._step)
 
     def restore(self, step: int | None = None) -> int:
@@ -403,18 +356,18 @@ class Trainer:
 
         Raises:
             RestoreError: If there is none, or it is of another run.
+            ConfigError: If the trainer was made without `checkpoint`.
         """
-        if self._checkpoints is None:
-            raise RestoreError("Trainer.restore: made without checkpoint=…")
-        record = self._checkpoints.record(step)
-        changed = self._checkpoints.check(record, self._manifest)
+        checkpoints = self._saved()
+        record = checkpoints.record(step)
+        changed = checkpoints.check(record, self._manifest)
         if changed and self._recipe.exact:
             self.events.emit(
                 "notice",
                 message="bits may differ from the run that saved: "
                 + ", ".join(changed),
             )
-        self._record, self._state, self._placement = record, None, None
+        self._record, self._live = record, None
         self._step = record["step"]
         return self._step
 
@@ -425,11 +378,13 @@ class Trainer:
             self._checkpoints.close()
             self._checkpoints = None
 
-    def _load(self, record: Mapping[str, Any], placement: Placement) -> TrainState:
-        assert self._checkpoints is not None
-        state = self._checkpoints.load(record, self._layout, placement.mesh)
-        self._checkpoints.check_digests(record, placement.digest(state))
-        return state
+    def _saved(self) -> Checkpoints:
+        if self._checkpoints is None:
+            raise ConfigError(
+                "Trainer: made without checkpoint=CheckpointConfig(...), so it can "
+                "neither save nor restore"
+            )
+        return self._checkpoints
 
     def _leave(self) -> None:
         """Saves if there is where to, and stops."""

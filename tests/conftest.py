@@ -17,3 +17,25 @@ def devices():
     found = jax.devices()
     assert len(found) == 8
     return found
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """Finds programs again that were compiled once, in subprocesses too."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    path = tmp_path_factory.mktemp("compiled")
+    options = {
+        "jax_compilation_cache_dir": str(path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    # Whether there is a cache was settled when something was first compiled.
+    compilation_cache.reset_cache()
+    yield path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

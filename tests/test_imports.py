@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import shardkit
+
 ROOT = Path(__file__).parents[1]
 
 # A module imports strictly lower tiers only, and what it imports inside a function
@@ -15,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 # `build` above "shardkit", the package itself, whose lazy names reach all below it.
 TIERS = [
     "errors events",
-    "tree mesh keys membership nn model exact_sum shards corpus prefetch",
-    "axes microbatch data layout",
+    "tree mesh keys membership nn model shards rounding jaxprs corpus prefetch",
+    "logical_axes microbatch data layout exact_sum collectives",
     "digest state localize program gradient",
     "recipe reshard",
-    "placement checkpoint",
-    "elastic",
+    "placement",
+    "elastic metrics checkpoint evaluation",
     "trainer",
     "config",
     "optim report cli testing",
@@ -127,6 +129,13 @@ def test_optional_packages_are_imported_inside_functions():
         return name.split(".")[0] in OPTIONAL and not in_function
 
     assert not find_imports(PACKAGE | USERS, is_early)
+
+
+def test_every_public_name_is_declared_for_type_checkers_and_is_there():
+    imports = iterate_imports(PACKAGE[Path("shardkit/__init__.py")])
+    declared = [name for _, name, _ in imports if name.startswith("shardkit.")]
+    assert sorted(name.split(".")[-1] for name in declared) == shardkit.__all__
+    assert all(hasattr(shardkit, name) for name in shardkit.__all__)
 
 
 def test_no_future_annotations_and_no_relative_imports():

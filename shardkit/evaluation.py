@@ -1,0 +1,57 @@
+"""Evaluation on a fixed set of batches.
+
+Owns the sums over the set. Invariant: the result has the same bits on every mesh,
+since each batch is summed exactly and the batches are added in their order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from shardkit.placement import Placement
+
+__all__ = ["EvalConfig", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When and on what a `Trainer` evaluates.
+
+    Attributes:
+        data: `index → global batch`.
+        every: Steps between evaluations.
+        num_batches: The fixed set is batches 0 to this.
+    """
+
+    data: Callable[[int], Any]
+    every: int
+    num_batches: int = 1
+
+
+def evaluate(
+    config: EvalConfig,
+    placement: Placement,
+    params: Any,
+    step: int,
+    interrupted: Callable[[], None],
+) -> dict[str, float]:
+    """Evaluates parameters where they are.
+
+    Args:
+        config: On what.
+        placement: Where the parameters are.
+        params: As they lie there.
+        step: The step, for the random keys of a loss that draws.
+        interrupted: Called between batches; raises to give up.
+
+    Returns:
+        The loss and the metrics, each Σ / Σ weight over the set.
+    """
+    totals: dict[str, float] = {}
+    for index in range(config.num_batches):
+        interrupted()
+        slots = placement.place_batch(config.data(index))
+        for name, value in placement.evaluate(params, slots, step).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    weight = totals.pop("weight")
+    return {name: total / weight for name, total in totals.items()}

@@ -1,0 +1,80 @@
+"""Jaxprs as flat lists of equations.
+
+Owns the unwrapping of functions within functions, so that an interpreter sees one
+list and can choose its order. It interprets nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend import core
+
+__all__ = ["Step", "flatten", "results"]
+
+Step = tuple[core.JaxprEqn, list[int], list[int]]
+"""An equation, the numbers of its arguments and those of its results."""
+
+
+def flatten(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    values: list[Any],
+    wrap: Callable[[Any], Any],
+) -> tuple[list[Step], list[int]]:
+    """Lists all equations, those of wrapped functions too, over numbered values.
+
+    Args:
+        jaxpr: The function.
+        consts: Its constants.
+        args: Its arguments.
+        values: Gets a place for every value; those known are filled in.
+        wrap: Makes a value of a constant.
+
+    Returns:
+        The equations, and the numbers of the results.
+    """
+    steps: list[Step] = []
+
+    def new(value: Any = None) -> int:
+        values.append(value)
+        return len(values) - 1
+
+    def walk(jaxpr: core.Jaxpr, consts: Sequence[Any], ins: list[int]) -> list[int]:
+        places = dict(zip(jaxpr.constvars, [new(wrap(c)) for c in consts], strict=True))
+        places.update(zip(jaxpr.invars, ins, strict=True))
+
+        def place(atom: Any) -> int:
+            return (
+                new(wrap(atom.val)) if isinstance(atom, core.Literal) else places[atom]
+            )
+
+        for eqn in jaxpr.eqns:
+            eqn_ins = [place(atom) for atom in eqn.invars]
+            inner = inner_jaxpr(eqn)
+            if inner is not None:
+                outs = walk(inner.jaxpr, inner.consts, eqn_ins)
+            else:
+                outs = [new() for _ in eqn.outvars]
+                steps.append((eqn, eqn_ins, outs))
+            places.update(zip(eqn.outvars, outs, strict=True))
+        return [place(atom) for atom in jaxpr.outvars]
+
+    outs = walk(jaxpr, consts, [new(arg) for arg in args])
+    return steps, outs
+
+
+def results(eqn: core.JaxprEqn, arrays: list[Any]) -> list[Any]:
+    """Carries out an equation as it stands."""
+    out = eqn.primitive.bind(*arrays, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def inner_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns the body of an equation that merely wraps another function."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = eqn.params.get(name)
+        if body is None or eqn.primitive.name in ("while", "scan", "cond"):
+            continue
+        return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
+    return None

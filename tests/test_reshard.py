@@ -1,0 +1,231 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardkit.errors import LostStateError
+from shardkit.layout import LeafLayout
+from shardkit.mesh import MeshSpec
+from shardkit.reshard import from_host, reshard, to_host
+
+LEAVES = [
+    LeafLayout("rows", (5, 3), np.dtype("float32"), 0),
+    LeafLayout("columns", (3, 7), np.dtype(jnp.bfloat16), 1),
+    LeafLayout("middle", (2, 6, 2), np.dtype("int32"), 1),
+    LeafLayout("few", (2,), np.dtype("float16"), 0),
+    LeafLayout("small", (9, 2), np.dtype(jnp.int4), 0),
+    LeafLayout("flags", (11,), np.dtype("bool"), 0),
+    LeafLayout("whole", (4, 3), np.dtype("float32"), -1),
+    LeafLayout("step", (), np.dtype("int32"), -1),
+]
+
+
+def truth_of(leaf):
+    """Distinct values, so that no row passes for another; odd bits among them."""
+    values = np.arange(np.prod(leaf.shape, dtype=int)).reshape(leaf.shape)
+    if leaf.dtype == np.dtype("bool"):
+        return values % 3 == 0
+    whole = (
+        values - 3 if leaf.dtype != np.dtype(jnp.int4) else values % 15 - 7
+    ).astype(leaf.dtype)
+    if leaf.dtype.kind == "f":
+        whole = np.where(values == 1, np.array(np.nan, leaf.dtype), whole)
+        whole = np.where(values == 2, np.array(-0.0, leaf.dtype), whole)
+    return whole
+
+
+def mesh_of(data, fsdp, first=0):
+    devices = jax.devices()[first : first + data * fsdp]
+    return MeshSpec(data=data, fsdp=-1).build(devices)
+
+
+def garbage(shape, dtype):
+    if dtype == np.dtype("bool"):
+        return np.ones(shape, dtype)
+    return np.full(shape, -6).astype(dtype)
+
+
+def place(leaf, mesh, lost=frozenset()):
+    """Places the truth, with garbage as padding and on devices that are lost."""
+    count = mesh.shape["fsdp"]
+    shape = leaf.physical_shape(count)
+    whole = garbage(shape, leaf.dtype)
+    whole[tuple(slice(0, n) for n in leaf.shape)] = truth_of(leaf)
+    sharding = leaf.sharding(mesh)
+    pieces = [
+        jax.device_put(
+            garbage(whole[index].shape, leaf.dtype)
+            if device.id in lost
+            else whole[index],
+            device,
+        )
+        for device, index in sharding.devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def bits(x):
+    return np.ascontiguousarray(np.asarray(x)).tobytes()
+
+
+def check(leaf, array, mesh):
+    """Compares what every device holds with the truth, bit by bit."""
+    count = mesh.shape["fsdp"]
+    assert array.sharding == leaf.sharding(mesh)
+    assert array.shape == leaf.physical_shape(count)
+    assert array.dtype == leaf.dtype
+    truth = truth_of(leaf)
+    for index, device in np.ndenumerate(mesh.devices):
+        [held] = [s.data for s in array.addressable_shards if s.device == device]
+        expected = truth
+        if leaf.dim >= 0:
+            start, stop = leaf.interval(index[1], count)
+            rows = (slice(None),) * leaf.dim
+            expected = truth[(*rows, slice(start, stop))]
+            held = np.asarray(held)[(*rows, slice(0, stop - start))]
+        assert bits(held) == bits(expected), (leaf.path, device)
+    assert bits(to_host(array, leaf)) == bits(truth)
+
+
+sizes = st.tuples(st.integers(1, 8), st.integers(1, 8)).filter(
+    lambda s: s[0] * s[1] < 9
+)
+meshes = st.builds(
+    lambda s, shift: mesh_of(*s, first=shift % (9 - s[0] * s[1])),
+    sizes,
+    st.integers(0, 7),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(old=meshes, new=meshes, keep=st.booleans())
+def test_any_mesh_to_any_mesh_keeps_every_bit(old, new, keep):
+    tree = [place(leaf, old) for leaf in LEAVES]
+    moved = reshard(tree, LEAVES, old, new, keep_source=keep)
+    for leaf, array in zip(LEAVES, moved.tree, strict=True):
+        check(leaf, array, new)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(old=meshes, new=meshes, data=st.data())
+def test_what_is_lost_is_taken_from_replicas_or_named(old, new, data):
+    ids = [device.id for device in old.devices.flat]
+    lost = data.draw(st.frozensets(st.sampled_from(ids), max_size=len(ids)))
+    tree = [place(leaf, old, lost) for leaf in LEAVES]
+    count = old.shape["fsdp"]
+    grid = old.devices.reshape(old.shape["data"], count)
+    gone_pieces = {i for i in range(count) if all(d.id in lost for d in grid[:, i])}
+    gone = [
+        leaf.path
+        for leaf in LEAVES
+        if (leaf.dim < 0 and set(ids) <= lost)
+        or (
+            leaf.dim >= 0 and any(np.diff(leaf.interval(i, count)) for i in gone_pieces)
+        )
+    ]
+    if not gone:
+        moved = reshard(tree, LEAVES, old, new, lost=lost)
+        for leaf, array in zip(LEAVES, moved.tree, strict=True):
+            check(leaf, array, new)
+        return
+    with pytest.raises(LostStateError) as caught:
+        reshard(tree, LEAVES, old, new, lost=lost)
+    message = str(caught.value)
+    assert f"{len(gone)} leaves" in message
+    assert str(sorted(lost)) in message
+    assert ", ".join(gone[:5]) in message
+    assert ("…" in message) == (len(gone) > 5)
+
+
+def test_a_lost_state_is_left_where_it_is():
+    old, new = mesh_of(1, 2), mesh_of(1, 1)
+    tree = [place(leaf, old) for leaf in LEAVES]
+    with pytest.raises(LostStateError):
+        reshard(tree, LEAVES, old, new, lost=frozenset({1}))
+    for leaf, array in zip(LEAVES, tree, strict=True):
+        check(leaf, array, old)
+
+
+@pytest.mark.parametrize("new", [(1, 4), (2, 2), (4, 1), (1, 2), (1, 8)])
+def test_keep_source_really_keeps(new):
+    old, new = mesh_of(1, 4), mesh_of(*new)
+    tree = [place(leaf, old) for leaf in LEAVES]
+    moved = reshard(tree, LEAVES, old, new, keep_source=True)
+    consume = jax.jit(
+        lambda tree: [x if x.dtype == jnp.bool_ else x * 0 for x in tree],
+        donate_argnums=0,
+    )
+    jax.block_until_ready(consume(moved.tree))
+    for leaf, array in zip(LEAVES, tree, strict=True):
+        check(leaf, array, old)
+    # And the other way round: the copy lives on when the source is consumed.
+    moved = reshard(tree, LEAVES, old, new, keep_source=True)
+    jax.block_until_ready(consume(tree))
+    for leaf, array in zip(LEAVES, moved.tree, strict=True):
+        check(leaf, array, new)
+
+
+def test_moved_arrays_can_be_donated():
+    old, new = mesh_of(1, 3), mesh_of(1, 5)
+    leaf = LeafLayout("w", (512, 8), np.dtype("float32"), 0)
+    [moved] = reshard([place(leaf, old)], [leaf], old, new).tree
+    jax.jit(lambda x: x + 1, donate_argnums=0)(moved)
+    assert moved.is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "old", "new", "expected"),
+    [
+        # 8 rows of 4 bytes in halves: nothing to fetch, a half each, three quarters.
+        (LeafLayout("w", (8,), np.dtype("float32"), 0), (1, 2), (1, 2), 0),
+        (LeafLayout("w", (8,), np.dtype("float32"), 0), (1, 2), (1, 1), 16),
+        (LeafLayout("w", (8,), np.dtype("float32"), 0), (1, 1), (1, 4), 24),
+        (LeafLayout("w", (8,), np.dtype("float32"), 0), (1, 1), (4, 1), 96),
+        (LeafLayout("w", (8,), np.dtype("float32"), -1), (1, 2), (1, 4), 64),
+        (LeafLayout("w", (8,), np.dtype("float32"), -1), (1, 4), (1, 2), 0),
+        # 5 rows in 2 pieces of 3: the second device keeps 2 of its 3.
+        (LeafLayout("w", (5, 2), np.dtype("float32"), 0), (1, 2), (1, 1), 16),
+    ],
+)
+def test_bytes_moved_counts_what_changes_devices(leaf, old, new, expected):
+    old, new = mesh_of(*old), mesh_of(*new)
+    assert reshard([place(leaf, old)], [leaf], old, new).bytes_moved == expected
+
+
+def test_typed_keys_move_like_any_leaf():
+    key = jax.random.key(3)
+    leaf = LeafLayout("key", (), key.dtype, -1)
+    old, new = mesh_of(1, 2), mesh_of(1, 5, first=2)
+    placed = jax.device_put(key, leaf.sharding(old))
+    for keep in (False, True):
+        [moved] = reshard([placed], [leaf], old, new, keep_source=keep).tree
+        assert moved.sharding.device_set == set(new.devices.flat)
+        assert bits(jax.random.key_data(moved)) == bits(jax.random.key_data(key))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(mesh=meshes)
+def test_from_host_and_to_host_are_inverse(mesh):
+    for leaf in LEAVES:
+        array = from_host(truth_of(leaf), leaf, mesh)
+        check(leaf, array, mesh)
+
+
+def test_from_host_pads_with_zeros_and_borrows_nothing():
+    leaf = LeafLayout("w", (5, 3), np.dtype("float32"), 0)
+    whole = np.ones((5, 3), np.float32)
+    array = from_host(whole, leaf, mesh_of(1, 4))
+    np.testing.assert_array_equal(np.asarray(array)[5:], np.zeros((3, 3)))
+    whole[:] = 7
+    np.testing.assert_array_equal(to_host(array, leaf), np.ones((5, 3)))
+
+
+def test_the_tree_keeps_its_structure():
+    old, new = mesh_of(1, 2), mesh_of(1, 3)
+    [leaf] = LEAVES[:1]
+    tree = {"a": [place(leaf, old)], "b": None, "c": (place(leaf, old),)}
+    layout = jax.tree.map(lambda _: leaf, tree)
+    moved = reshard(tree, layout, old, new)
+    assert jax.tree.structure(moved.tree) == jax.tree.structure(tree)
