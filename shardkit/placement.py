@@ -82,7 +82,7 @@ class Placement:
             ),
         }
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
-        self._execute: Any = None
+        self.executable: Any = None
         self.not_donated: list[str] = []
 
     @property
@@ -97,12 +97,12 @@ class Placement:
     @property
     def is_compiled(self) -> bool:
         """Whether `step` can run at once."""
-        return self._execute is not None
+        return self.executable is not None
 
     def compile(self) -> None:
         """Compiles the step; it may take minutes, and touches no state."""
         state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
-        self._execute = self.programs["step"].compile(state, self._slots, self.root)
+        self.executable = self.programs["step"].compile(state, self._slots, self.root)
 
     def step(
         self, state: TrainState, batch: Any
@@ -119,7 +119,7 @@ class Placement:
         is_first = not self.is_compiled
         if is_first:
             self.compile()
-        out = self._execute(state, self.place_batch(batch), self.root)
+        out = self.executable(state, self.place_batch(batch), self.root)
         if is_first:
             leaves = zip(
                 jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True
