@@ -74,10 +74,15 @@ class Checkpoints:
             max_to_keep=config.keep, enable_async_checkpointing=False
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._abandoned: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps that are saved, oldest first."""
-        return sorted(self._manager.all_steps())
+        """The steps that are saved, oldest first, but for those gone back from."""
+        return sorted(set(self._manager.all_steps()) - self._abandoned)
+
+    def go_back(self, step: int) -> None:
+        """Takes a step for the newest; the next save removes what is after it."""
+        self._abandoned = {s for s in self._manager.all_steps() if s > step}
 
     def save(
         self,
@@ -110,12 +115,19 @@ class Checkpoints:
             "manifest": dict(manifest),
         }
         args = self._ocp.args
+        if step in self._abandoned:
+            self._manager.delete(step)
         self._manager.save(
             step,
             args=args.Composite(
                 state=args.StandardSave(leaves), record=args.JsonSave(record)
             ),
+            # Without it nothing would be saved, nor said, before an abandoned step.
+            force=True,
         )
+        for other in self._abandoned - {step}:
+            self._manager.delete(other)
+        self._abandoned = set()
 
     def record(self, step: int | None = None) -> dict[str, Any]:
         """Reads what was recorded beside a state, the newest by default.
@@ -123,7 +135,7 @@ class Checkpoints:
         Raises:
             RestoreError: If there is no such checkpoint, or it cannot be read.
         """
-        saved = self.steps()
+        saved = self.steps() if step is None else sorted(self._manager.all_steps())
         if not saved or (step is not None and step not in saved):
             raise RestoreError(
                 f"{self._directory}: expected a checkpoint"

@@ -61,8 +61,7 @@ class StepMetrics:
 class Pending:
     """Holds a step back until the next one is on its way, so that no one waits."""
 
-    def __init__(self, must_be_finite: bool) -> None:
-        self._must_be_finite = must_be_finite
+    def __init__(self) -> None:
         self._held: list[tuple[int, Placement, Any]] = []
         self._last_s = time.monotonic()
 
@@ -84,7 +83,8 @@ class Pending:
         loss = float(values["loss"])
         now_s = time.monotonic()
         spent_s, self._last_s = now_s - self._last_s, now_s
-        if self._must_be_finite and not np.isfinite(loss):
+        # A scale that is too large breaks gradients only: no loss scale mends a loss.
+        if not np.isfinite(loss):
             raise NonFiniteError(
                 f"step {step}: the loss is {loss}. What is saved is from before it; "
                 "lower the learning rate, clip the gradient, or look at this batch."

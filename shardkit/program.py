@@ -20,9 +20,15 @@ import jax
 import jax.numpy as jnp
 from jaxlib.mlir import passmanager
 
+from shardkit.atomics import check_atomics
 from shardkit.events import EventLog
 
 __all__ = ["Program", "remove_duplicates"]
+
+# Whether a matrix product becomes a Triton kernel is decided by timing it together
+# with what is fused around it, so another device count can get another kernel. The
+# library's kernels are chosen by the product alone, and the choice is kept.
+_EXACT_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 def remove_duplicates(lowered: jax.stages.Lowered) -> None:
@@ -87,16 +93,31 @@ class Program:
         with self._lock:
             if key not in self._executables:
                 with self._events.phase("compile", program=self._name):
-                    lowered = self._jitted.lower(*args)
-                    if self._exact:
-                        remove_duplicates(lowered)
-                    self.counts["compile"] += 1
-                    self._executables[key] = lowered.compile()
+                    self._executables[key] = self._compile(args)
             return self._executables[key]
+
+    def _compile(self, args: Any) -> jax.stages.Compiled:
+        self.counts["compile"] += 1
+        traced = self._jitted.trace(*args)
+        if not self._exact:
+            return traced.lower().compile()
+        platform = _platform(args)
+        check_atomics(traced.jaxpr, platform)
+        lowered = traced.lower()
+        remove_duplicates(lowered)
+        return lowered.compile(compiler_options=_EXACT_OPTIONS.get(platform))
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program where its arguments are."""
         return self.compile(*args)(*args)
+
+
+def _platform(args: Any) -> str:
+    for leaf in jax.tree.leaves(args):
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None:
+            return next(iter(sharding.device_set)).platform
+    return jax.default_backend()
 
 
 def _placement_key(args: Any) -> Any:

@@ -28,6 +28,8 @@ from shardkit.tree import format_table, named_leaves
 __all__ = ["LossScale", "Recipe"]
 
 _MAX_ROUNDS = 8
+# Zero gradients are finite at any scale, which must not grow until nothing else is.
+_MAX_SCALE = 2.0**60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class LossScale:
             return current
         scale, good = current
         grows = good + 1 >= self.growth_interval
-        grown = jnp.where(grows, scale * self.factor, scale)
+        grown = jnp.where(grows, jnp.minimum(scale * self.factor, _MAX_SCALE), scale)
         good = jnp.where(grows, 0, good + 1)
         fallen = jnp.maximum(scale / self.factor, 1)
         return jnp.where(finite, grown, fallen), jnp.where(finite, good, 0)

@@ -206,7 +206,7 @@ class Trainer:
             if membership.leaving():
                 self._leave()
 
-        pending = Pending(self._recipe.loss_scale is None)
+        pending = Pending()
         while self._step < steps:
             count = self._live[0].num_devices if self._live else len(self._pool)
             change = membership.poll(self._step, count) or Change()
@@ -287,8 +287,11 @@ class Trainer:
             batch = self._prefetcher.get(self._step)
             after, metrics, differing = transition.certify(before, after, batch)
             certified = not differing
-            if differing and not self._continue_uncertified:
-                raise transition.failure(differing, self._step)
+            if differing:
+                failure = transition.failure(differing, self._step)
+                if not self._continue_uncertified:
+                    raise failure
+                self.events.emit("notice", message=str(failure))
             self._certified |= {old_ids, new_ids}
         self._live = new, after
         self.events.emit("reconfigure", **transition.report(self._step, certified))
@@ -367,6 +370,7 @@ class Trainer:
                 message="bits may differ from the run that saved: "
                 + ", ".join(changed),
             )
+        checkpoints.go_back(record["step"])
         self._record, self._live = record, None
         self._step = record["step"]
         return self._step

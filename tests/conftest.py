@@ -39,3 +39,24 @@ def compile_cache(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def make(compile_cache):
+    """Makes trainers of a linear problem with their events, and closes them."""
+    from problems import linear
+
+    import shardkit as sk
+
+    made = []
+
+    def make(**options):
+        events = []
+        trainer = sk.Trainer(**{**linear(), "events": sk.EventLog(), **options})
+        trainer.events.subscribe(events.append)
+        made.append(trainer)
+        return trainer, events
+
+    yield make
+    for trainer in made:
+        trainer.close()

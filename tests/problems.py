@@ -57,16 +57,24 @@ def cast(loss, dtype):
     return computed
 
 
-def digits(optimizer="adamw", *, num_microbatches=24, dtype=None, **options):
+def digits(
+    optimizer="adamw",
+    *,
+    num_microbatches=24,
+    num_rows=2,
+    hidden_dim=7,
+    dtype=None,
+    **options,
+):
     """`Trainer` arguments of an MLP with dropout on scikit-learn's digits."""
-    model = mlp.build(hidden_dim=7, num_layers=1, dropout=0.2)
+    model = mlp.build(hidden_dim=hidden_dim, num_layers=1, dropout=0.2)
     return {
         "init": model.init,
         "loss": cast(model.loss, dtype) if dtype else model.loss,
         "eval_loss": model.eval_loss,
         "axis_rules": model.axis_rules,
         "tx": OPTIMIZERS[optimizer](),
-        "data": mlp.digits(global_batch_size=2 * num_microbatches, seed=3),
+        "data": mlp.digits(global_batch_size=num_rows * num_microbatches, seed=3),
         "num_microbatches": num_microbatches,
         "seed": 5,
         **options,
@@ -103,6 +111,57 @@ def language(optimizer="adamw", *, num_microbatches=24, dtype="float32", **optio
     }
 
 
+LINEAR_BATCH = 24
+
+
+def linear_data(step):
+    """A batch in which some rows do not count, more of them at the beginning."""
+    rng = np.random.default_rng(step)
+    counts = rng.random(LINEAR_BATCH) < np.linspace(0, 1, LINEAR_BATCH)
+    return {
+        "x": rng.normal(size=(LINEAR_BATCH, 5)).astype(np.float32),
+        "y": rng.normal(size=(LINEAR_BATCH, 3)).astype(np.float32),
+        "counts": counts.astype(np.float32),
+    }
+
+
+def linear_errors(params, batch):
+    return batch["x"] @ params["kernel"] + params["bias"][None] - batch["y"]
+
+
+def mean_loss(params, microbatch, key):
+    return jnp.mean(linear_errors(params, microbatch) ** 2)
+
+
+def weighted_loss(params, microbatch, key):
+    losses = jnp.sum(linear_errors(params, microbatch) ** 2, axis=1)
+    losses = losses * microbatch["counts"]
+    return sk.LossOutput(
+        losses.sum(), microbatch["counts"].sum(), {"largest": losses.max()}
+    )
+
+
+def linear(**options):
+    """`Trainer` arguments of linear regression, which compiles quickly."""
+
+    def init(key):
+        return {
+            "kernel": sk.axes(jax.random.normal(key, (5, 3)), "in", "out"),
+            "bias": sk.axes(jnp.ones(3), "out"),
+        }
+
+    return {
+        "init": init,
+        "loss": mean_loss,
+        "tx": optax.adam(0.1),
+        "data": linear_data,
+        "axis_rules": {"in": "fsdp"},
+        "num_microbatches": 8,
+        "mesh": sk.MeshSpec(data=2, fsdp=-1),
+        **options,
+    }
+
+
 PROBLEMS = {
     "digits-adamw-ema": lambda: digits("adamw", ema=0.9),
     "digits-lion-13": lambda: digits("lion", num_microbatches=13),
@@ -120,7 +179,20 @@ PROBLEMS = {
         dtype=jnp.float16,
         loss_scale=sk.LossScale(initial=2.0**18, growth_interval=2),
     ),
+    # Wide enough for XLA to cut its products over threads.
+    "digits-wide-13": lambda: digits(
+        "clip-adamw", num_microbatches=13, num_rows=48, hidden_dim=603
+    ),
     "gpt-clip-adamw-13": lambda: language("clip-adamw", num_microbatches=13),
     "gpt-lion-bfloat16": lambda: language("lion", dtype="bfloat16", ema=0.99),
 }
 """Name → a function that makes the `Trainer` arguments."""
+
+
+def consume(trainer, steps, script=None):
+    """Trains, and returns the metrics of every step."""
+    return list(trainer.run(steps=steps, membership=sk.scripted(script or {})))
+
+
+def fields_of(events, name):
+    return [event.fields for event in events if event.name == name]

@@ -142,7 +142,7 @@ def test_state_bytes_per_device_fall(count, begin):
     list(trainer.run(steps=1, membership=sk.scripted({0: count})))
     # Kernels of 64 × 7 and 7 × 10 are cut along their first dim; biases are not.
     elements = -(-64 // count) * 7 + -(-7 // count) * 10 + 7 + 10
-    state = trainer._state
+    _, state = trainer._start()
     for tree in (state.params, state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
         for device in jax.devices()[:count]:
             shards = [

@@ -55,7 +55,6 @@ def test_the_derivation_is_frozen():
     )
 
 
-
 def test_example_keys_depend_on_the_row_alone():
     key = keys.root_key(1)
     many, few = keys.example_keys(key, 6), keys.example_keys(key, 2)

@@ -28,7 +28,9 @@ def test_sizes_use_every_device_that_fills_a_group(spec, num_devices):
         return
     sizes = spec.sizes(num_devices)
     assert tuple(sizes) == MESH_AXES
-    assert [sizes[a] for a in MESH_AXES[2:]] == [getattr(spec, a) for a in MESH_AXES[2:]]
+    assert [sizes[a] for a in MESH_AXES[2:]] == [
+        getattr(spec, a) for a in MESH_AXES[2:]
+    ]
     num_groups = num_devices // fixed
     assert sizes["data"] * sizes["fsdp"] == num_groups
     bound, bent = ("data", "fsdp") if spec.fsdp == -1 else ("fsdp", "data")

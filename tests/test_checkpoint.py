@@ -1,0 +1,232 @@
+"""What is saved can be read on any mesh, by the run that saved it and no other."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import PROBLEMS, consume, fields_of, linear
+
+import shardkit as sk
+from shardkit.testing import assert_same_bits, run_digest
+
+
+@pytest.fixture
+def saved(make, tmp_path):
+    """A run of the linear problem with steps 1 and 2 saved, and where."""
+    config = sk.CheckpointConfig(directory=tmp_path, every=1)
+    trainer, _ = make(checkpoint=config)
+    consume(trainer, 2)
+    return trainer, config
+
+
+def edit_record(config, step, change):
+    """Changes the record beside a saved state."""
+    [path] = config.directory.glob(f"{step}/record/metadata*")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (sk.MeshSpec(data=2, fsdp=-1), sk.MeshSpec(data=1, fsdp=-1)),
+        (sk.MeshSpec(data=1, fsdp=-1), sk.MeshSpec(data=-1, fsdp=2)),
+    ],
+    ids=["2x4 to 1x3", "1x3 to 3x2"],
+)
+def test_a_run_goes_on_from_another_mesh(first, then, tmp_path, compile_cache):
+    problem = PROBLEMS["digits-adamw-ema"]()
+    counts = (8, 3) if first.data == 2 else (3, 6)
+    config = sk.CheckpointConfig(directory=tmp_path)
+    trainer = sk.Trainer(**problem, mesh=first, checkpoint=config)
+    begun = run_digest(trainer, 3, {0: counts[0]})
+    trainer.save()
+    state = jax.tree.map(np.asarray, trainer.state)
+    resumed = sk.Trainer(**problem, mesh=then, checkpoint=config)
+    assert resumed.restore() == resumed.step == 3
+    found = run_digest(resumed, 3, {3: counts[1]})
+    assert found == {"steps": {}, "state": begun["state"]}
+    assert_same_bits(resumed.state, state)
+    assert run_digest(resumed, 6, {3: counts[1]}) == run_digest(trainer, 6)
+    trainer.close()
+    resumed.close()
+
+
+def test_keys_and_narrow_floats_are_saved_too(make, tmp_path):
+    def init(key):
+        kernel = jax.random.normal(key, (5, 3)).astype(jnp.bfloat16)
+        return {"kernel": sk.axes(kernel, "in", "out"), "bias": jnp.ones(3)}
+
+    noise = optax.add_noise(eta=0.1, gamma=0.5, key=jax.random.key(7))
+    options = {
+        "init": init,
+        "tx": optax.chain(noise, optax.adam(0.1)),
+        "loss_scale": sk.LossScale(),
+        "ema": 0.9,
+        "checkpoint": sk.CheckpointConfig(directory=tmp_path),
+    }
+    trainer, _ = make(**options)
+    consume(trainer, 2)
+    trainer.save()
+    resumed, _ = make(**options)
+    resumed.restore()
+    assert run_digest(resumed, 4, {2: 3}) == run_digest(trainer, 4)
+
+
+def test_what_is_restored_can_be_donated(make, saved):
+    _, config = saved
+    for spec in (sk.MeshSpec(data=1, fsdp=-1), sk.MeshSpec(data=-1, fsdp=1)):
+        trainer, _ = make(mesh=spec, checkpoint=config)
+        trainer.restore(2)
+        _, state = trainer._start()
+        consume(trainer, 3)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_any_saved_step_can_be_restored(make, saved):
+    trainer, _ = saved
+    twin, _ = make()
+    assert trainer.restore(1) == 1
+    assert trainer.state_digest() == run_digest(twin, 1)["state"]
+    assert run_digest(trainer, 3)["state"] == run_digest(twin, 3)["state"]
+    with pytest.raises(sk.RestoreError, match=r"step 9, found \[\d, \d\]"):
+        trainer.restore(9)
+
+
+@pytest.mark.parametrize("end", [4, 6, 7])
+def test_a_run_that_went_back_replaces_what_it_had_saved(make, tmp_path, end):
+    config = sk.CheckpointConfig(directory=tmp_path, every=3, keep=None)
+    trainer, _ = make(checkpoint=config)
+    consume(trainer, 6)
+    edit_record(config, 6, lambda record: record.update(digest="damaged"))
+    trainer.restore(3)
+    consume(trainer, end)
+    trainer.save()
+    again, _ = make(checkpoint=config)
+    assert again.restore() == end
+    twin, _ = make()
+    assert again.state_digest() == run_digest(twin, end)["state"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"3", str(end)} | ({"6"} if end > 6 else set())
+    records = [p.read_text() for p in tmp_path.glob("*/record/metadata*")]
+    assert not any("damaged" in record for record in records)
+
+
+def test_nothing_saved_is_said_so(make, tmp_path):
+    empty, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path / "none"))
+    with pytest.raises(sk.RestoreError, match="expected a checkpoint, found none"):
+        empty.restore()
+    without, _ = make()
+    for method in (without.restore, without.save):
+        with pytest.raises(sk.ConfigError, match="made without checkpoint"):
+            method()
+
+
+def test_every_leaf_of_another_optimizer_is_named(make, saved):
+    _, config = saved
+    other, _ = make(tx=optax.sgd(0.1, momentum=0.9), checkpoint=config)
+    other.restore()
+    with pytest.raises(sk.RestoreError, match="leaves of the checkpoint") as caught:
+        other.state  # noqa: B018
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    found = {line[0]: " ".join(line[1:]) for line in lines[1:-1]}
+    assert found == {
+        "opt_state/0/trace/bias": "expected float32[3] found nothing",
+        "opt_state/0/trace/kernel": "expected float32[5, 3] found nothing",
+        "opt_state/0/count": "expected nothing found int32[]",
+        **{
+            f"opt_state/0/{moment}/{name}": f"expected nothing found float32{shape}"
+            for moment in ("mu", "nu")
+            for name, shape in (("bias", [3]), ("kernel", [5, 3]))
+        },
+    }
+
+
+def test_every_leaf_of_another_model_is_named(make, saved):
+    _, config = saved
+
+    def init(key):
+        kernel = jax.random.normal(key, (5, 4)).astype(jnp.bfloat16)
+        return {"kernel": kernel, "bias": jnp.ones(4)}
+
+    def loss(params, microbatch, key):
+        kept = {"kernel": params["kernel"][:, :3], "bias": params["bias"][:3]}
+        return linear()["loss"](kept, microbatch, key)
+
+    other, _ = make(init=init, loss=loss, checkpoint=config)
+    other.restore()
+    message = r"params/kernel +expected bfloat16\[5, 4\] +found float32\[5, 3\]"
+    with pytest.raises(sk.RestoreError, match=message):
+        consume(other, 3)
+
+
+def test_another_run_is_refused_with_all_that_differs(make, saved):
+    _, config = saved
+    other, _ = make(seed=1, manifest={"corpus": "b"}, checkpoint=config)
+    with pytest.raises(sk.RestoreError, match="of another run") as caught:
+        other.restore()
+    assert "seed" in str(caught.value)
+    assert "saved 0" in str(caught.value)
+    assert "now 1" in str(caught.value)
+    assert "corpus" in str(caught.value)
+
+
+def test_another_environment_is_a_notice(make, saved, monkeypatch):
+    _, config = saved
+    trainer, events = make(checkpoint=config)
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    trainer.restore()
+    [notice] = fields_of(events, "notice")
+    assert "threads was 8, is 3" in notice["message"]
+
+
+def test_a_leaf_that_is_not_what_was_saved_is_named(make, saved):
+    trainer, config = saved
+
+    def change(record):
+        digest = record["leaves"]["opt_state/0/mu/kernel"]["digest"]
+        digest[3] = f"{int(digest[3], 16) ^ 1:08x}"
+
+    edit_record(config, 2, change)
+    trainer.restore()
+    message = r"step 2 is damaged: 1 leaves .*: opt_state/0/mu/kernel"
+    with pytest.raises(sk.RestoreError, match=message):
+        trainer.state  # noqa: B018
+    # The step before is whole.
+    trainer.restore(1)
+    assert int(trainer.state.step) == 1
+
+
+def test_one_flipped_bit_in_a_file_is_found(make, tmp_path):
+    def init(key):
+        # Random bits cannot be compressed, so they are found in the file as they are.
+        bits = jax.random.bits(key, (4096,))
+        noise = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        noise = jnp.where(jnp.isfinite(noise), noise, 1.0)
+        return {**linear()["init"](key), "noise": noise}
+
+    config = sk.CheckpointConfig(directory=tmp_path)
+    trainer, _ = make(init=init, checkpoint=config)
+    trainer.save()
+    # The beginning of the leaf, as a leaf is cut into pieces to be written.
+    noise = np.asarray(trainer.state.params["noise"]).tobytes()[:1000]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    [path] = [path for path in files if noise in path.read_bytes()]
+    content = bytearray(path.read_bytes())
+    content[content.index(noise) + 500] ^= 0x10
+    path.write_bytes(content)
+    trainer.restore()
+    with pytest.raises(sk.RestoreError, match=r"1 leaves .*: params/noise"):
+        trainer.state  # noqa: B018
+
+
+def test_a_record_that_cannot_be_read_is_an_error(make, saved):
+    trainer, config = saved
+    [path] = config.directory.glob("2/record/metadata*")
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(sk.RestoreError, match=r"record .* cannot be read"):
+        trainer.restore()

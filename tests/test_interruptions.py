@@ -1,0 +1,165 @@
+"""What ends a run or takes its devices away, and what is left of it."""
+
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from problems import consume, fields_of, linear_data, mean_loss
+
+import shardkit as sk
+from shardkit.testing import run_digest
+
+
+def collect(run, error, message, then=lambda step: None):
+    """Follows a run to the error that it ends with; returns the steps it yielded."""
+    seen = []
+
+    def follow():
+        for metrics in run:
+            seen.append(metrics.step)
+            then(metrics.step)
+
+    with pytest.raises(error, match=message):
+        follow()
+    return seen
+
+
+def test_lost_devices_are_made_good_by_replicas(make):
+    trainer, events = make(certify="always")
+    twin, _ = make()
+    expected = run_digest(twin, 8)
+    # On 2 × 4 the second replica survives whole, on 8 → 4 and on 4 → 2.
+    assert run_digest(trainer, 8, {3: sk.Lost(4), 5: sk.Lost(2)}) == expected
+    changes = fields_of(events, "reconfigure")
+    assert [change["certified"] for change in changes] == [None, None]
+    assert fields_of(events, "rewind") == []
+
+
+def test_lost_devices_without_replicas_repeat_steps(make, tmp_path):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=3)
+    trainer, events = make(mesh=sk.MeshSpec(data=1, fsdp=-1), checkpoint=checkpoint)
+    twin, _ = make()
+    script = sk.scripted({5: sk.Lost(4), 7: 8})
+    seen = list(trainer.run(steps=9, membership=script))
+    assert [m.step for m in seen] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+    assert [m.num_devices for m in seen][4:] == [8, 4, 4, 4, 4, 8, 8]
+    assert trainer.state_digest() == run_digest(twin, 9)["state"]
+    assert fields_of(events, "rewind") == [{"step": 3, "repeats": 2}]
+    [notice] = fields_of(events, "notice")
+    assert "restored step 3" in notice["message"]
+    assert "2 steps are repeated" in notice["message"]
+    lost, back = fields_of(events, "reconfigure")
+    assert lost["certified"] is None
+    assert "restore" in lost["phases_s"]
+    assert back["certified"] is True
+
+
+def test_lost_devices_without_anything_saved_end_the_run(make, tmp_path):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=5)
+    for options in ({}, {"checkpoint": checkpoint}):
+        trainer, _ = make(mesh=sk.MeshSpec(data=1, fsdp=-1), **options)
+        with pytest.raises(sk.LostStateError, match="params/kernel"):
+            consume(trainer, 4, {2: sk.Lost(4)})
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_what_was_saved(make, tmp_path):
+    def breaking(step):
+        batch = linear_data(step)
+        if step == 4:
+            batch["x"][0, 0] = np.nan
+        return batch
+
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=1, keep=None)
+    for scale in (None, sk.LossScale(growth_interval=None)):
+        trainer, events = make(data=breaking, checkpoint=checkpoint, loss_scale=scale)
+        seen = collect(trainer.run(steps=9), sk.NonFiniteError, "step 4: .* nan")
+        assert seen == [0, 1, 2, 3]
+        assert max(fields["step"] for fields in fields_of(events, "checkpoint")) == 4
+        assert trainer.restore() == 4
+        assert all(
+            np.isfinite(leaf).all() for leaf in jax.tree.leaves(trainer.state.params)
+        )
+        checkpoint = sk.CheckpointConfig(
+            directory=tmp_path / "scaled", every=1, keep=None
+        )
+
+
+def test_sigterm_saves_and_leaves_and_the_run_goes_on_later(make, tmp_path):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    trainer, _ = make(checkpoint=checkpoint)
+    handler = signal.getsignal(signal.SIGTERM)
+    run = trainer.run(steps=9, membership=sk.signals())
+
+    def leave(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    seen = collect(run, sk.Preempted, r"step \d+ is saved", leave)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    # Nothing that was computed is kept from the listener.
+    assert seen == list(range(trainer.step))
+    again, _ = make(checkpoint=checkpoint)
+    assert again.restore() == trainer.step
+    twin, _ = make()
+    assert run_digest(again, 9)["state"] == run_digest(twin, 9)["state"]
+
+
+@pytest.mark.parametrize("at_step", [0, 3])
+def test_sigterm_is_heard_while_a_program_compiles(make, tmp_path, at_step):
+    released = threading.Event()
+    slow = threading.Event()
+
+    def slow_to_trace(*args):
+        is_main = threading.current_thread() is threading.main_thread()
+        if slow.is_set() and not is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert released.wait(60)
+        return mean_loss(*args)
+
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    trainer, _ = make(loss=slow_to_trace, checkpoint=checkpoint)
+    consume(trainer, at_step)
+    slow.set()
+    membership = sk.combine(sk.scripted({at_step: 4}), sk.signals())
+    try:
+        with pytest.raises(sk.Preempted, match=f"step {at_step} is saved"):
+            list(trainer.run(steps=9, membership=membership))
+    finally:
+        slow.clear()
+        released.set()
+    again, _ = make(checkpoint=checkpoint)
+    assert again.restore() == at_step
+    twin, _ = make()
+    assert run_digest(again, 6)["state"] == run_digest(twin, 6)["state"]
+
+
+def test_sigterm_is_heard_while_evaluating(make, tmp_path):
+    def validation(index):
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert index < 3, "the evaluation went on"
+        return linear_data(100 + index)
+
+    trainer, events = make(
+        checkpoint=sk.CheckpointConfig(directory=tmp_path),
+        eval=sk.EvalConfig(data=validation, every=2, num_batches=9),
+    )
+    with pytest.raises(sk.Preempted, match="step 2 is saved"):
+        list(trainer.run(steps=9, membership=sk.signals()))
+    assert fields_of(events, "eval") == []
+
+
+def test_sigusr_takes_and_gives_a_device(make):
+    trainer, _ = make(certify="off")
+    counts = []
+    sent = {1: signal.SIGUSR1, 4: signal.SIGUSR2}
+    for metrics in trainer.run(steps=9, membership=sk.signals()):
+        counts.append(metrics.num_devices)
+        if number := sent.get(metrics.step):
+            os.kill(os.getpid(), number)
+    assert sorted(set(counts)) == [7, 8]
+    assert counts[0] == counts[-1] == 8
+    assert counts == sorted(counts[:5], reverse=True) + sorted(counts[5:])

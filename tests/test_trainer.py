@@ -1,0 +1,246 @@
+"""The loop: gradients, compilations, certificates, losses and signals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import (
+    LINEAR_BATCH,
+    consume,
+    fields_of,
+    linear_data,
+    linear_errors,
+    mean_loss,
+    weighted_loss,
+)
+
+import shardkit as sk
+from shardkit.testing import assert_same_bits, run_digest
+
+RECORD = optax.trace(decay=0.0)
+"""A transformation whose state is the gradient that it was given last."""
+
+
+def float64_gradient(params, batch, weights):
+    """The gradient of Σ weight · |error|² / Σ weight, by hand."""
+    x, y, kernel, bias, weights = (
+        np.asarray(a, np.float64)
+        for a in (batch["x"], batch["y"], params["kernel"], params["bias"], weights)
+    )
+    error = 2 * (x @ kernel + bias - y) * weights[:, None] / weights.sum()
+    return {"kernel": x.T @ error, "bias": error.sum(axis=0)}
+
+
+@pytest.mark.parametrize("consistency", ["exact", "fast"])
+def test_the_gradient_of_unequal_microbatches_is_that_of_the_batch(make, consistency):
+    trainer, _ = make(loss=weighted_loss, tx=RECORD, consistency=consistency)
+    params = jax.tree.map(np.asarray, trainer.state.params)
+    batch = linear_data(0)
+    [metrics] = consume(trainer, 1)
+    found = trainer.state.opt_state.trace
+
+    def whole(params):
+        out = weighted_loss(params, batch, None)
+        return out.loss_sum / out.weight
+
+    loss, plain = jax.value_and_grad(whole)(params)
+    by_hand = float64_gradient(params, batch, batch["counts"])
+    for name in params:
+        np.testing.assert_allclose(found[name], plain[name], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[name], by_hand[name], rtol=1e-5, atol=3e-7)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-6)
+    assert metrics.metrics["weight"] == batch["counts"].sum()
+    norm = np.sqrt(sum(np.sum(g**2) for g in by_hand.values()))
+    np.testing.assert_allclose(metrics.metrics["grad_norm"], norm, rtol=1e-6)
+
+
+def test_a_scalar_loss_is_the_mean_over_microbatches(make):
+    trainer, _ = make(tx=RECORD)
+    params = jax.tree.map(np.asarray, trainer.state.params)
+    [metrics] = consume(trainer, 1)
+    by_hand = float64_gradient(params, linear_data(0), np.ones(LINEAR_BATCH))
+    for name, found in trainer.state.opt_state.trace.items():
+        # The mean over three outputs too, which the one by hand sums.
+        np.testing.assert_allclose(found, by_hand[name] / 3, rtol=1e-5, atol=3e-7)
+    np.testing.assert_allclose(
+        metrics.loss, np.mean(linear_errors(params, linear_data(0)) ** 2), rtol=1e-6
+    )
+
+
+def test_a_power_of_two_loss_scale_changes_no_bit(make):
+    plain, _ = make()
+    scaled, _ = make(loss_scale=sk.LossScale(initial=2.0**9, growth_interval=None))
+    for trainer in (plain, scaled):
+        consume(trainer, 3)
+    assert_same_bits(scaled.state.params, plain.state.params)
+    assert_same_bits(scaled.state.opt_state, plain.state.opt_state)
+
+
+def test_a_known_placement_compiles_and_traces_nothing(make):
+    num_calls = []
+
+    def counted(*args):
+        num_calls.append(args)
+        return mean_loss(*args)
+
+    trainer, events = make(loss=counted)
+    consume(trainer, 4, {0: 8, 2: 4})
+    num_before = len(num_calls)
+    consume(trainer, 9, {0: 8, 2: 4, 4: 8, 6: 4, 8: 8})
+    assert trainer.compiles["step"] == 2
+    assert len(num_calls) == num_before
+    compiled = [fields["program"] for fields in fields_of(events, "compile")]
+    assert compiled.count("step") == 2
+    assert len(fields_of(events, "reconfigure")) == 4
+
+
+def test_the_state_is_donated(make):
+    trainer, events = make(ema=0.9)
+    for count in (8, 3):
+        consume(trainer, trainer.step + 1, {0: count})
+        # Pieces, not the unpadded copies that `trainer.state` makes.
+        placement, state = trainer._start()
+        consume(trainer, trainer.step + 1, {0: count})
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        assert placement.not_donated == []
+    assert not [n for n in fields_of(events, "notice") if "donated" in n["message"]]
+
+
+def test_metrics_come_one_step_behind_and_all_of_them(make):
+    trainer, _ = make()
+    steps_begun = [(m.step, trainer.step) for m in trainer.run(steps=4)]
+    assert steps_begun == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(trainer.run(steps=4)) == []
+    seen = consume(trainer, 6)
+    assert [(m.step, m.num_devices, m.mesh) for m in seen] == [
+        (4, 8, {"data": 2, "fsdp": 4}),
+        (5, 8, {"data": 2, "fsdp": 4}),
+    ]
+    assert seen[0].loss_bits == np.float32(seen[0].loss).tobytes()[::-1].hex()
+    assert seen[0].tokens_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("certify", "verdicts"),
+    [
+        ("always", [True, True, True, True]),
+        ("first", [True, None, True, None]),
+        ("off", [None, None, None, None]),
+    ],
+)
+def test_certification(make, certify, verdicts):
+    trainer, events = make(certify=certify)
+    script = {1: 4, 2: 8, 3: 3, 4: 8}
+    twin, _ = make(certify="off")
+    assert run_digest(trainer, 5, script) == run_digest(twin, 5)
+    changes = fields_of(events, "reconfigure")
+    assert [change["certified"] for change in changes] == verdicts
+    assert [change["step"] for change in changes] == [1, 2, 3, 4]
+    assert {
+        name: value
+        for name, value in changes[2].items()
+        if name not in ("bytes_moved", "phases_s")
+    } == {
+        "step": 3,
+        "from_devices": 8,
+        "to_devices": 3,
+        "from_mesh": {"data": 2, "fsdp": 4},
+        "to_mesh": {"fsdp": 3},
+        "certified": verdicts[2],
+    }
+    phases = {"compile", "move"} | ({"certify"} if verdicts[2] else set())
+    assert changes[2]["phases_s"].keys() == phases
+    assert changes[1]["bytes_moved"] > 0
+
+
+def axis_index(axes):
+    """Which device this is; what no loss or optimizer should look at."""
+    try:
+        return jax.lax.axis_index(axes).astype(jnp.float32)
+    except NameError:
+        # There is no mesh yet where only shapes are asked for.
+        return jnp.float32(0)
+
+
+def depends_on_the_device(params, microbatch, key):
+    return mean_loss(params, microbatch, key) * (1 + axis_index(("data", "fsdp")))
+
+
+def test_a_loss_that_depends_on_the_device_fails_its_certificate(make):
+    trainer, events = make(loss=depends_on_the_device)
+    with pytest.raises(sk.CertificateError, match=r"step 1: .*kernel") as caught:
+        consume(trainer, 3, {1: 4})
+    message = str(caught.value)
+    assert "'fsdp': 4" in message
+    assert "'fsdp': 2" in message
+    assert "metrics/grad_norm" in message
+    assert "on_failed_certificate='continue'" in message
+    assert fields_of(events, "reconfigure") == []
+
+
+def test_an_optimizer_that_depends_on_the_device_names_its_leaves(make):
+    def add_noise(updates, state, params=None):
+        # A piece of a kernel knows where it is; biases are whole.
+        noise = axis_index("fsdp")
+        return jax.tree.map(lambda g: g + noise * (g.ndim == 2), updates), state
+
+    noise = optax.GradientTransformation(lambda params: optax.EmptyState(), add_noise)
+    trainer, _ = make(tx=optax.chain(noise, optax.sgd(0.1)))
+    with pytest.raises(sk.CertificateError, match="1 leaves: params/kernel"):
+        consume(trainer, 3, {1: 4})
+
+
+def test_a_failed_certificate_need_not_stop_the_run(make):
+    trainer, events = make(loss=depends_on_the_device, on_failed_certificate="continue")
+    seen = consume(trainer, 4, {1: 4})
+    assert [m.num_devices for m in seen] == [8, 4, 4, 4]
+    [change] = fields_of(events, "reconfigure")
+    assert change["certified"] is False
+    [notice] = fields_of(events, "notice")
+    assert "params/kernel" in notice["message"]
+
+
+def test_evaluation_comes_when_it_is_due_and_names_the_metrics(make):
+    batches = [linear_data(100 + index) for index in range(3)]
+    evaluation = sk.EvalConfig(data=batches.__getitem__, every=2, num_batches=3)
+    trainer, events = make(loss=weighted_loss, eval=evaluation)
+    consume(trainer, 5, {3: 3})
+    assert [fields["step"] for fields in fields_of(events, "eval")] == [2, 4]
+    found = trainer.evaluate()
+    params = trainer.state.params
+    outputs = [weighted_loss(params, batch, None) for batch in batches]
+    loss = sum(o.loss_sum for o in outputs) / sum(o.weight for o in outputs)
+    np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
+    assert found.keys() == {"loss", "largest"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"consistency": "loose"}, sk.ConfigError, "'exact', 'fast', found 'loose'"),
+        ({"certify": "never"}, sk.ConfigError, "certify .* found 'never'"),
+        ({"num_microbatches": 7}, sk.DataError, "24.*7|7.*24"),
+        ({"mesh": sk.MeshSpec(tensor=16)}, sk.MeshError, "at least 16 devices"),
+        (
+            {"axis_rules": {"in": "fsdp", "inn": "fsdp"}, "strict": True},
+            sk.PartitionError,
+            "inn",
+        ),
+        (
+            {"init": lambda key: {"w": jnp.ones(4)}, "axis_rules": {}, "strict": True},
+            sk.PartitionError,
+            "w",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options)[0].state  # noqa: B018
+
+
+def test_a_script_beyond_the_pool_is_refused_before_anything_runs(make):
+    trainer, _ = make()
+    with pytest.raises(sk.MembershipError, match=r"from 1 to 8.*found \{3: 9\}"):
+        consume(trainer, 4, {3: 9})
+    assert trainer.step == 0
