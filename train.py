@@ -33,7 +33,7 @@ def train(arguments: cli.Arguments) -> int:
     with report.RunDirectory.open(
         arguments.out, config, stem=arguments.path.stem, resume=arguments.resume
     ) as directory:
-        cli.prepare_environment(config.devices)
+        cli.prepare_environment(config.devices, directory.path / "cache")
         devices = build.device_pool(config.devices)
         schedule, late = cli.plan_resizes(config, len(devices))
         if late:

@@ -65,6 +65,6 @@ def check_atomics(jaxpr: Any, platform: str) -> None:
             "these operations add in any order on GPUs, so their bits differ from run "
             "to run:\n"
             + format_table(found)
-            + "\nUse the scatter-free sk.nn.embed and sk.nn.cross_entropy (or a one-hot "
-            f"product), set XLA_FLAGS={_FLAG} (slower), or consistency='fast'."
+            + "\nUse the scatter-free sk.nn.embed and sk.nn.cross_entropy (or a "
+            f"one-hot product), set XLA_FLAGS={_FLAG} (slower), or consistency='fast'."
         )

@@ -102,13 +102,16 @@ def parse_arguments(argv: list[str]) -> Arguments:
     )
 
 
-def prepare_environment(num_devices: int | None) -> None:
+def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
     """Sets what JAX reads when it starts, and configures logging.
 
     Call it before anything touches a device. Variables that the user has set stay.
 
     Args:
         num_devices: CPU devices to emulate where there is no accelerator; None is 8.
+        run_cache: Where a run on an accelerator keeps its programs, and with them the
+            choices of kernels, which are made by timing: another process that goes on
+            with the run must make the same ones.
 
     Raises:
         ConfigError: If this process has started JAX's devices already.
@@ -128,8 +131,10 @@ def prepare_environment(num_devices: int | None) -> None:
     except RuntimeError as error:
         raise ConfigError(f"prepare_environment: came too late: {error}") from error
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "shardkit" / "jax"))
+        shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        on_cpu = jax.default_backend() == "cpu"
+        cache = shared / "shardkit" / "jax" if on_cpu else run_cache
+        jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
     # A change of devices waits for compilation, so even the cheapest is kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

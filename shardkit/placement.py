@@ -134,12 +134,10 @@ class Placement:
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
-        leaves: list[LeafLayout] = jax.tree.leaves(self.layout)
-        lanes = [
-            self._digester(leaf)(x)
-            for leaf, x in zip(leaves, jax.tree.leaves(state), strict=True)
-        ]
-        return {leaf.path: np.asarray(x) for leaf, x in zip(leaves, lanes, strict=True)}
+        leaves = zip(jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True)
+        # Each is waited for: programs with collectives that do not depend on one
+        # another can hold all threads of the CPU backend, each waiting for its rest.
+        return {leaf.path: np.asarray(self._digester(leaf)(x)) for leaf, x in leaves}
 
     def _digester(self, leaf: LeafLayout) -> Program:
         """Returns the program for leaves of one shape; a state has few shapes."""

@@ -66,8 +66,7 @@ class Trainer:
         manifest: JSON facts that a checkpoint must share to be restored.
 
     Raises:
-        ConfigError, DataError, MeshError, PartitionError, InexactError: If these do
-            not fit together.
+        ShardkitError: If these do not fit together.
 
     Example:
         >>> import jax.numpy as jnp
@@ -255,11 +254,9 @@ class Trainer:
         state, metrics = placement.step(state, self._prefetcher.get(self._step))
         self._live = placement, state
         if is_first and placement.not_donated:
-            self.events.emit(
-                "notice",
-                message="these leaves could not be donated, so that they exist twice "
-                f"during a step: {', '.join(placement.not_donated)}",
-            )
+            names = ", ".join(placement.not_donated)
+            message = f"not donated, so that they exist twice during a step: {names}"
+            self.events.emit("notice", message=message)
         return metrics
 
     def _reconfigure(
@@ -309,11 +306,8 @@ class Trainer:
         repeated = self._step - record["step"]
         self._step = record["step"]
         self.events.emit("rewind", step=self._step, repeats=repeated)
-        self.events.emit(
-            "notice",
-            message=f"lost shards: restored step {self._step}, {repeated} steps are "
-            "repeated",
-        )
+        message = f"lost shards: step {self._step} restored, {repeated} to repeat"
+        self.events.emit("notice", message=message)
         return state
 
     def evaluate(
@@ -365,11 +359,8 @@ class Trainer:
         record = checkpoints.record(step)
         changed = checkpoints.check(record, self._manifest)
         if changed and self._recipe.exact:
-            self.events.emit(
-                "notice",
-                message="bits may differ from the run that saved: "
-                + ", ".join(changed),
-            )
+            message = "bits may differ from the run that saved: " + ", ".join(changed)
+            self.events.emit("notice", message=message)
         checkpoints.go_back(record["step"])
         self._record, self._live = record, None
         self._step = record["step"]

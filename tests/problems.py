@@ -181,7 +181,7 @@ PROBLEMS = {
     ),
     # Wide enough for XLA to cut its products over threads.
     "digits-wide-13": lambda: digits(
-        "clip-adamw", num_microbatches=13, num_rows=48, hidden_dim=603
+        "clip-adamw", num_microbatches=13, num_rows=48, hidden_dim=203
     ),
     "gpt-clip-adamw-13": lambda: language("clip-adamw", num_microbatches=13),
     "gpt-lion-bfloat16": lambda: language("lion", dtype="bfloat16", ema=0.99),

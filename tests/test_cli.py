@@ -65,7 +65,7 @@ def test_reading_a_command_line_does_not_import_jax():
 
 def test_the_environment_gives_devices_threads_and_a_cache(tmp_path):
     code = (
-        "from shardkit import cli; cli.prepare_environment(5); import jax, os; "
+        'from shardkit import cli; cli.prepare_environment(5, __import__("pathlib").Path("cache")); import jax, os; '
         "jax.jit(lambda x: x + 1)(1.0).block_until_ready(); "
         "print(len(jax.devices()), os.environ['PJRT_NPROC'])"
     )

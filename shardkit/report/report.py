@@ -96,6 +96,8 @@ class Report:
         elif event.name == "reconfigure":
             self.terminal.line(format_reconfigure(fields), style="bold cyan")
             self._keep(reconfigure_record(fields))
+        elif event.name == "rewind" and self._metrics is not None:
+            self._metrics.truncate(fields["step"])
         elif event.name == "eval":
             step, loss = fields["step"], fields["loss"]
             self.evals[step] = loss

@@ -1,0 +1,103 @@
+"""The same bits from separate processes, after one another and together.
+
+One process with eight devices cannot show what a thread pool of another size, other
+cores or a network between the devices do.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from problems import PROBLEMS
+
+import shardkit as sk
+from shardkit.testing import run_digest
+
+WORKERS = Path(__file__).parent / "workers"
+DEADLINE_S = 240
+STEPS = 2
+
+pytestmark = pytest.mark.multiprocess
+
+
+def start(name, *args):
+    """Starts a worker; nothing of this process's settings of JAX goes with it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return subprocess.Popen(
+        [sys.executable, str(WORKERS / f"{name}.py"), *map(str, args)],
+        env=env | {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "8"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*workers):
+    """Waits for all of them; returns what each printed last."""
+    try:
+        outputs = [worker.communicate(timeout=DEADLINE_S) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors
+    return [out.splitlines()[-1] if out else "" for out, _ in outputs]
+
+
+def check_relay(problem, runs, directory):
+    """Every run goes on from the checkpoint of the one before it."""
+    trainer = sk.Trainer(**PROBLEMS[problem]())
+    for index, (num_devices, num_cores) in enumerate(runs):
+        end = (index + 1) * STEPS
+        [line] = finish(
+            start("segment", problem, directory, num_devices, num_cores, end)
+        )
+        expected = run_digest(trainer, end)
+        assert json.loads(line) == json.loads(json.dumps(expected)), num_devices
+    trainer.close()
+
+
+def test_processes_with_other_devices_and_cores_go_on(tmp_path):
+    check_relay("digits-wide-13", [(8, 1), (1, 2), (3, 1), (6, 2)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "problem", ["digits-wide-13", "gpt-clip-adamw-13", "gpt-lion-bfloat16"]
+)
+def test_processes_with_every_device_count_on_one_and_two_cores(problem, tmp_path):
+    runs = [(n, cores) for n in (8, 1, 7, 2, 6, 3, 5, 4) for cores in (1, 2)]
+    check_relay(problem, runs, tmp_path)
+
+
+def test_two_processes_train_together(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first, _ = finish(*[start("member", port, i, 2, tmp_path) for i in range(2)])
+    found = json.loads(first)
+
+    evaluated = []
+    problem = PROBLEMS["digits-adamw-ema"]()
+    trainer = sk.Trainer(
+        **problem,
+        checkpoint=sk.CheckpointConfig(directory=tmp_path),
+        eval=sk.EvalConfig(data=problem["data"], every=2),
+        events=sk.EventLog(),
+    )
+    trainer.events.subscribe(
+        lambda event: event.name == "eval" and evaluated.append(event.fields)
+    )
+    expected = run_digest(trainer, 3)
+    expected |= {"evaluated": evaluated, "after": run_digest(trainer, 6)}
+    # What two processes have saved, one can read.
+    assert trainer.restore() == 3
+    expected |= {"restored": trainer.state_digest()}
+    assert found == json.loads(json.dumps(expected))
+    trainer.close()

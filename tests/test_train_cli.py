@@ -1,0 +1,249 @@
+"""`train.py` as its users meet it: a process with an exit code and a directory."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+DEADLINE_S = 120
+CONFIG = """
+devices = 8
+[model]
+factory = "models.mlp:build"
+options = {hidden_dim = 7, num_layers = 1, dropout = 0.2}
+[data]
+factory = "faulty:digits"
+global_batch_size = 26
+num_microbatches = 13
+[optimizer]
+learning_rate = 1e-2
+weight_decay = 0.1
+clip_norm = 0.05
+[mesh]
+data = 2
+fsdp = -1
+[train]
+steps = 12
+ema = 0.9
+eval_batches = 2
+[checkpoint]
+every = 3
+"""
+
+
+class Command:
+    """Runs `train.py` in a directory of its own."""
+
+    def __init__(self, path, cache):
+        self.path = path
+        (path / "config.toml").write_text(CONFIG)
+        keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+        self.env = keep | {
+            "JAX_PLATFORMS": "cpu",
+            "XDG_CACHE_HOME": str(cache),
+            "PYTHONPATH": str(ROOT / "tests" / "workers"),
+        }
+
+    def start(self, *args, config="config.toml", **env):
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), config, *args],
+            cwd=self.path,
+            env=self.env | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *args, code=0, **options):
+        """Runs to the end; returns what it printed, and asserts the exit code."""
+        return self.finish(self.start(*args, **options), code)
+
+    def finish(self, process, code=0):
+        try:
+            out, errors = process.communicate(timeout=DEADLINE_S)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == code, out + errors
+        assert "Traceback" not in errors
+        return out + errors
+
+    def run_until(self, is_reached, *args, **env):
+        """Starts a run and returns it when `is_reached()`."""
+        process = self.start(*args, **env)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while process.poll() is None and time.monotonic() < deadline_s:
+            if is_reached():
+                return process
+            time.sleep(0.05)
+        process.kill()
+        raise AssertionError("".join(process.communicate()))
+
+    def lines(self, out):
+        path = self.path / out / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def steps(self, out):
+        return [line for line in self.lines(out) if "event" not in line]
+
+    def summary(self, out):
+        return json.loads((self.path / out / "summary.json").read_text())
+
+    def saved(self, out):
+        found = (self.path / out / "checkpoints").glob("*")
+        return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, compile_cache):
+    return Command(tmp_path_factory.mktemp("train"), compile_cache)
+
+
+@pytest.fixture(scope="module")
+def plain(train):
+    """A run that nothing happens to; `--resume` on nothing starts."""
+    train("--out", "plain", "--resume")
+    return "plain"
+
+
+@pytest.fixture(scope="module")
+def resized(train):
+    said = train("--out", "resized", "--resize", "0:8,2:5,7:3,12:8,99:1")
+    return "resized", said
+
+
+def test_a_resize_leaves_no_trace(train, plain, resized):
+    out, _ = resized
+    assert [line["step"] for line in train.steps(out)] == list(range(STEPS))
+    counts = [line["num_devices"] for line in train.steps(out)]
+    assert counts == [8] * 2 + [5] * 5 + [3] * 5
+    for name in ("step", "loss", "loss_bits"):
+        found = [line[name] for line in train.steps(out)]
+        assert found == [line[name] for line in train.steps(plain)]
+    ours, theirs = train.summary(out), train.summary(plain)
+    assert ours["num_reconfigurations"] == 2
+    assert theirs["num_reconfigurations"] == 0
+    for name in ("final_loss", "eval_loss", "state_digest", "versions"):
+        assert ours[name] == theirs[name]
+    assert len(ours["state_digest"]) == 32
+    assert ours["eval_loss"] > 0
+
+
+def test_what_a_run_leaves_behind(train, resized):
+    out, said = resized
+    assert "12:8,99:1 is ignored, the run ends at step 12" in said
+    line = train.steps(out)[3]
+    assert line["mesh"] == {"fsdp": 5}
+    assert len(line["loss_bits"]) == 8
+    assert line["step_s"] > 0
+    assert line["tokens_per_s"] > 0
+    changes = [e for e in train.lines(out) if e.get("event") == "reconfigure"]
+    for change, step, before, after in zip(
+        changes, (2, 7), (8, 5), (5, 3), strict=True
+    ):
+        assert change["step"] == step
+        assert change["from_devices"] == before
+        assert change["to_devices"] == after
+        assert change["certified"] is True
+        assert change["bytes_moved"] > 0
+        assert {"compile", "move", "certify"} <= change["phases_s"].keys()
+    assert changes[0]["from_mesh"] == {"data": 2, "fsdp": 4}
+    assert changes[0]["to_mesh"] == {"fsdp": 5}
+    # Of the three that are kept the last is the end, though 12 were due anyway.
+    assert train.saved(out) == [6, 9, 12]
+    assert (train.path / out / "config.toml").exists()
+    summary = train.summary(out)
+    assert summary["steps"] == STEPS
+    assert {"python", "jax", "jaxlib", "flax", "optax"} <= summary["versions"].keys()
+    assert "8 -> 5 devices" in said
+    assert summary["state_digest"] in said
+
+
+def test_resuming_a_finished_run_changes_nothing(train, plain):
+    before = {
+        path: path.read_bytes()
+        for path in (train.path / plain).rglob("*")
+        if path.is_file()
+    }
+    assert "finished already" in train("--out", plain, "--resume", "--devices", "3")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_finished_run_can_be_prolonged(train, plain, resized):
+    out, _ = resized
+    train("--out", out, "--resume", "--steps", "14", "--devices", "3")
+    assert [line["step"] for line in train.steps(out)] == list(range(14))
+    assert train.summary(out)["steps"] == 14
+    assert train.saved(out)[-1] == 14
+
+
+def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, plain):
+    out, slow = "interrupted", {"STEP_S": "0.25"}
+
+    def has_line(step):
+        path = train.path / out / "metrics.jsonl"
+        return path.exists() and f'"step": {step},' in path.read_text()
+
+    process = train.run_until(lambda: has_line(1), "--out", out, **slow)
+    process.send_signal(signal.SIGTERM)
+    said = train.finish(process, code=75)
+    assert f"--resume --out {out}" in said
+    [step] = train.saved(out)[-1:]
+    assert [line["step"] for line in train.steps(out)] == list(range(step))
+
+    again = ["--out", out, "--resume", "--devices", "5", "--train.log_every", "1"]
+    process = train.run_until(lambda: has_line(7), *again, **slow)
+    process.kill()
+    process.communicate()
+    assert 6 in train.saved(out)
+    # A line that was cut off in the middle.
+    with (train.path / out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+
+    train("--out", out, "--resume", "--resize", "0:8,10:3")
+    bits = [(line["step"], line["loss_bits"]) for line in train.steps(out)]
+    assert bits == [(line["step"], line["loss_bits"]) for line in train.steps(plain)]
+    for name in ("final_loss", "eval_loss", "state_digest"):
+        assert train.summary(out)[name] == train.summary(plain)[name]
+
+
+def test_a_directory_in_use_is_not_touched(train, plain):
+    said = train("--out", plain, code=2)
+    assert "add --resume" in said
+    said = train(
+        "--out", plain, "--resume", "--seed", "4", "--optimizer.b1", "0.8", code=2
+    )
+    assert "train.seed: 0 there, 4 asked for" in said
+    assert "optimizer.b1: None there, 0.8 asked for" in said
+
+
+def test_a_loss_that_is_not_a_number_ends_with_3(train):
+    # The factory's options belong to the text of the config, as factories differ.
+    text = CONFIG.replace('"faulty:digits"', '"faulty:digits"\noptions = {nan_step = 4}')
+    (train.path / "nan.toml").write_text(text)
+    said = train("--out", "nan", config="nan.toml", code=3)
+    assert "NonFiniteError: step 4: the loss is nan" in said
+    assert train.saved("nan") == [3]
+    assert [line["step"] for line in train.steps("nan")] == [0, 1, 2, 3]
+
+
+def test_a_failed_certificate_ends_with_3(train):
+    inexact = ["--model.factory", "faulty:build", "--model.options.hidden_dim", "7"]
+    text = CONFIG.replace("models.mlp:build", "faulty:build")
+    text = text.replace(", num_layers = 1, dropout = 0.2", "")
+    (train.path / "faulty.toml").write_text(text)
+    resize = ["--resize", "4:4"]
+    said = train("--out", "faulty", *inexact, *resize, config="faulty.toml", code=3)
+    assert "CertificateError: step 4" in said
+    assert "params/hidden_0/kernel" in said
+    assert train.saved("faulty") == [3]
+    numbers = itertools.count()
+    assert all(line["step"] == n for line, n in zip(train.steps("faulty"), numbers))

@@ -1,0 +1,59 @@
+"""One of several processes that train together, with 8 devices in all.
+
+python member.py PORT PROCESS_ID NUM_PROCESSES DIRECTORY
+
+Process 0 prints the bits as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+TIMEOUT_S = 60
+
+
+def main(port, process_id, num_processes, directory):
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests.parent)]
+
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8 // int(num_processes))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=f"127.0.0.1:{port}",
+        num_processes=int(num_processes),
+        process_id=int(process_id),
+        initialization_timeout=TIMEOUT_S,
+    )
+    assert len(jax.devices()) == 8
+
+    from problems import PROBLEMS
+
+    import shardkit as sk
+    from shardkit.testing import run_digest
+
+    evaluated = []
+    problem = PROBLEMS["digits-adamw-ema"]()
+    trainer = sk.Trainer(
+        **problem,
+        mesh=sk.MeshSpec(data=2, fsdp=-1),
+        checkpoint=sk.CheckpointConfig(directory=directory),
+        eval=sk.EvalConfig(data=problem["data"], every=2),
+        events=sk.EventLog(),
+    )
+    trainer.events.subscribe(
+        lambda event: event.name == "eval" and evaluated.append(event.fields)
+    )
+    found = run_digest(trainer, 3)
+    trainer.save()
+    found |= {"evaluated": evaluated, "after": run_digest(trainer, 6, {0: 8, 4: 6})}
+    trainer.restore()
+    found |= {"restored": trainer.state_digest()}
+    trainer.close()
+    if int(process_id) == 0:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
