@@ -196,3 +196,29 @@ def consume(trainer, steps, script=None):
 
 def fields_of(events, name):
     return [event.fields for event in events if event.name == name]
+
+
+CONFIG = """
+devices = 8
+[model]
+factory = "models.mlp:build"
+options = {hidden_dim = 7, num_layers = 1, dropout = 0.2}
+[data]
+factory = "faulty:digits"
+global_batch_size = 26
+num_microbatches = 13
+[optimizer]
+learning_rate = 1e-2
+weight_decay = 0.1
+clip_norm = 0.05
+[mesh]
+data = 2
+fsdp = -1
+[train]
+steps = 12
+ema = 0.9
+eval_batches = 2
+[checkpoint]
+every = 3
+"""
+"""A config for `train.py`, whose data are those of `workers/faulty.py`."""

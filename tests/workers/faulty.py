@@ -37,3 +37,15 @@ def build(hidden_dim=7):
         return model.loss(params, microbatch, jax.random.fold_in(key, index))
 
     return type(model)(init=model.init, loss=loss, axis_rules=model.axis_rules)
+
+
+def bare(hidden_dim=7):
+    """An MLP without logical axes."""
+    model = mlp.build(hidden_dim=hidden_dim, num_layers=1)
+
+    def init(key):
+        annotated = model.init(key)
+        has_names = lambda x: hasattr(x, "names")  # noqa: E731
+        return jax.tree.map(lambda x: x.value, annotated, is_leaf=has_names)
+
+    return type(model)(init=init, loss=model.loss)
