@@ -57,6 +57,9 @@ class Placements:
         pool: All devices there are.
         batch: The global batch, abstractly.
         events: Where compilations and decisions are recorded.
+
+    Raises:
+        MeshError: If the mesh cannot be built even on the whole pool.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Placements:
         batch: Any,
         events: EventLog,
     ) -> None:
+        # A mesh that fits on no devices should fail before anything runs.
+        spec.sizes(len(pool))
         self._recipe, self._layout, self._spec = recipe, layout, spec
         self._pool, self._batch, self._events = pool, batch, events
         self._known: dict[Any, Placement] = {}

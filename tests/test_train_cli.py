@@ -158,7 +158,8 @@ def test_resuming_a_finished_run_changes_nothing(train, plain):
 
 def test_a_finished_run_can_be_prolonged(train, plain, resized):
     out, _ = resized
-    train("--out", out, "--resume", "--steps", "14", "--devices", "3")
+    rule = ["--axis_rules.mpl", "tensor"]
+    train("--out", out, "--resume", *rule, "--steps", "14", "--devices", "3")
     assert [line["step"] for line in train.steps(out)] == list(range(14))
     assert train.summary(out)["steps"] == 14
     assert train.saved(out)[-1] == 14
