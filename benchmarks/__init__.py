@@ -1,0 +1,1 @@
+"""Measurements beside rivals; each script prints its table and its machine."""

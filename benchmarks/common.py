@@ -105,6 +105,7 @@ class HandWritten:
         self.memory = memory_bytes(self._compiled)
 
     def step(self):
+        """Dispatches one step; returns its loss."""
         self.state, loss = self._compiled(self.state, self._tokens, jax.random.key(0))
         return loss
 
@@ -129,6 +130,7 @@ class Ours:
         self.memory = memory_bytes(self.placement.executable)
 
     def step(self):
+        """Dispatches one step; returns its loss."""
         self.state, metrics = self.placement.step(self.state, self._batch)
         return metrics["loss"]
 

@@ -82,8 +82,8 @@ def exact_sum(
 ) -> Float[Array, "..."]:
     """Sums over `dims`, and over devices, to bits that no order can change.
 
-    The error is below 2⁻⁴⁶ of the largest magnitude per addend, plus the final
-    rounding to float32.
+    The error is below 2⁻⁴⁶ of the largest magnitude (or of 2⁻⁶⁰, if that is larger)
+    per addend, plus the final rounding to float32.
 
     Args:
         x: The addends, of any float dtype of at most 32 bits.
@@ -268,7 +268,8 @@ class Accumulator:
         """Rounds the sum to float32."""
         high_bits, low_bits = self._bits
         high, low = limbs
-        carry = (low + (1 << (low_bits - 1))) >> low_bits
+        # Rounds to nearest without leaving int32, as one addend may take all of it.
+        carry = ((low >> (low_bits - 1)) + 1) >> 1
         high = (high + carry).astype(jnp.float32)
         low = (low - (carry << low_bits)).astype(jnp.float32)
         unit = _power_of_two(exponent - high_bits)

@@ -9,7 +9,12 @@ from typing import Any
 
 from jax.extend import core
 
-__all__ = ["Step", "flatten", "results"]
+__all__ = ["Step", "flatten", "primitive_names", "results"]
+
+_WRAPPERS = frozenset(
+    """checkpoint closed_call core_call custom_jvp_call custom_vjp_call
+    custom_vjp_call_jaxpr jit pjit remat remat2""".split()
+)
 
 Step = tuple[core.JaxprEqn, list[int], list[int]]
 """An equation, the numbers of its arguments and those of its results."""
@@ -72,9 +77,24 @@ def results(eqn: core.JaxprEqn, arrays: list[Any]) -> list[Any]:
 
 def inner_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """Returns the body of an equation that merely wraps another function."""
+    # Others have bodies too, which they run many times or on parts of their operands.
+    if eqn.primitive.name not in _WRAPPERS:
+        return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         body = eqn.params.get(name)
-        if body is None or eqn.primitive.name in ("while", "scan", "cond"):
-            continue
-        return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
+        if body is not None:
+            return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
     return None
+
+
+def primitive_names(eqn: core.JaxprEqn) -> set[str]:
+    """Names the primitive of an equation, and those of all functions within it."""
+    names, waiting = set(), [eqn]
+    while waiting:
+        eqn = waiting.pop()
+        names.add(eqn.primitive.name)
+        for value in eqn.params.values():
+            for body in value if isinstance(value, tuple | list) else [value]:
+                body = getattr(body, "jaxpr", body)
+                waiting.extend(getattr(body, "eqns", ()))
+    return names

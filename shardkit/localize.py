@@ -9,7 +9,6 @@ on the number of shards. It must run inside `shard_map` (or on one shard).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,9 +19,10 @@ from jax.extend import core, source_info_util
 
 from shardkit.errors import InexactError
 from shardkit.exact_sum import exact_sums
-from shardkit.jaxprs import Step, flatten, results
+from shardkit.jaxprs import Step, flatten, primitive_names, results
 from shardkit.layout import LeafLayout
-from shardkit.rounding import unfused
+from shardkit.local_rules import RULES, Shard, dim_after_reduction
+from shardkit.rounding import not_broadcast, unfused
 from shardkit.shards import Shards
 
 __all__ = ["Localizer", "Shard"]
@@ -30,7 +30,7 @@ __all__ = ["Localizer", "Shard"]
 _ELEMENTWISE = frozenset(
     """abs add add_any and ceil clamp convert_element_type copy copy_p div eq floor ge
     gt integer_pow is_finite le lt max min mul ne neg nextafter not
-    optimization_barrier or real reduce_precision rem round rsqrt select_n shift_left
+    or real reduce_precision rem round rsqrt select_n shift_left
     shift_right_arithmetic shift_right_logical sign sqrt square stop_gradient sub
     xor bitcast_convert_type""".split()
 )
@@ -47,21 +47,6 @@ _REFUSED = {
     "pure_callback": "the host code behind it cannot be shown to be exact",
     "io_callback": "the host code behind it cannot be shown to be exact",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A value during translation: whole, or this device's piece along one dim.
-
-    Attributes:
-        array: The whole array, or the padded piece.
-        dim: The dim that is cut; None for a whole array.
-        size: The logical size of that dim.
-    """
-
-    array: Any
-    dim: int | None = None
-    size: int = 0
 
 
 class Localizer:
@@ -159,10 +144,10 @@ class Localizer:
     def _apply(self, eqn: Any, args: list[Shard]) -> list[Shard]:
         """Carries out one equation."""
         name = eqn.primitive.name
-        if name in _REFUSED:
+        for refused in sorted(primitive_names(eqn) & _REFUSED.keys()):
             raise InexactError(
-                f"{name} (in {source_info_util.summarize(eqn.source_info)}) "
-                f"cannot be made exact: {_REFUSED[name]}; or run with "
+                f"{refused} (in {source_info_util.summarize(eqn.source_info)}) "
+                f"cannot be made exact: {_REFUSED[refused]}; or run with "
                 "consistency='fast'."
             )
         if name in _APPROXIMATED and self.shards.exact:
@@ -171,11 +156,17 @@ class Localizer:
             return self._bind(eqn, [arg.array for arg in args])
         if name == "cond":
             return self._cond(eqn, args)
+        if name == "optimization_barrier":
+            outs = results(eqn, [arg.array for arg in args])
+            return [
+                dataclasses.replace(arg, array=out)
+                for arg, out in zip(args, outs, strict=True)
+            ]
         # A bitcast to another width has a new dim, hence the check of the shape.
         if name in _ELEMENTWISE and eqn.outvars[0].aval.shape == _cut_shape(eqn, args):
             return self._elementwise(eqn, args)
-        rule = _RULES.get(name)
-        out = rule(self, eqn, args[0]) if rule is not None else None
+        rule = RULES.get(name)
+        out = rule(self.shards, eqn, args[0]) if rule is not None else None
         return self._gather_and_bind(eqn, args) if out is None else [out]
 
     def _bind(self, eqn: core.JaxprEqn, arrays: list[Any]) -> list[Shard]:
@@ -184,6 +175,8 @@ class Localizer:
         if eqn.primitive.name == "rsqrt":
             # Both of these are rounded correctly, and it is not.
             return [Shard(1 / jnp.sqrt(arrays[0]))]
+        if eqn.primitive.name == "div":
+            arrays = [arrays[0], not_broadcast(arrays[1], arrays[0], self._zero)]
         outs = results(eqn, arrays)
         if eqn.primitive.name in _PRODUCTS:
             outs = [unfused(x, self._zero) for x in outs]
@@ -218,8 +211,10 @@ class Localizer:
         for arg in args:
             shape = jnp.shape(arg.array)
             # Scalars and dims of size 1 are broadcast, so they go with any piece.
-            broadcast = arg.dim is None and (not shape or shape[lead.dim] == 1)
-            arrays.append(arg.array if broadcast else self._align(arg, lead.dim))
+            if arg.dim != lead.dim and (not shape or shape[lead.dim] == 1):
+                arrays.append(self._whole(arg))
+            else:
+                arrays.append(self._align(arg, lead.dim))
         outs = self._bind(eqn, arrays)
         return [Shard(out.array, lead.dim, lead.size) for out in outs]
 
@@ -249,7 +244,7 @@ class Localizer:
                 total = total.astype(array.dtype)
                 cut = not across and x.dim is not None
                 values[target] = (
-                    Shard(total, _dim_after_reduction(x.dim, dims), x.size)  # pyright: ignore
+                    Shard(total, dim_after_reduction(x.dim, dims), x.size)  # pyright: ignore
                     if cut
                     else Shard(total)
                 )
@@ -302,97 +297,3 @@ def _cut_shape(eqn: Any, args: list[Shard]) -> tuple[int, ...]:
     """Returns the whole shape of the first operand that is cut."""
     pairs = zip(args, eqn.invars, strict=True)
     return next(atom.aval.shape for arg, atom in pairs if arg.dim is not None)
-
-
-def _dim_after_reduction(dim: int, reduced: Sequence[int]) -> int:
-    return dim - sum(d < dim for d in reduced)
-
-
-def _broadcast(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
-    dim = eqn.params["broadcast_dimensions"][x.dim]
-    shape = list(eqn.params["shape"])
-    shape[dim] = x.array.shape[x.dim]
-    out = lax.broadcast_in_dim(
-        x.array, tuple(shape), eqn.params["broadcast_dimensions"]
-    )
-    return Shard(out, dim, x.size)
-
-
-def _reshape(localizer: Localizer, eqn: Any, x: Shard) -> Shard | None:
-    """Keeps the cut where the cut dim survives as it is."""
-    assert x.dim is not None
-    old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
-    before = math.prod(old[: x.dim])
-    for dim, size in enumerate(new):
-        if size == x.size and math.prod(new[:dim]) == before:
-            shape = (*new[:dim], x.array.shape[x.dim], *new[dim + 1 :])
-            return Shard(x.array.reshape(shape), dim, x.size)
-    return None
-
-
-def _squeeze(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
-    assert x.dim is not None
-    dims = eqn.params["dimensions"]
-    if x.dim in dims:
-        return None
-    return Shard(jnp.squeeze(x.array, dims), _dim_after_reduction(x.dim, dims), x.size)
-
-
-def _transpose(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
-    order = eqn.params["permutation"]
-    return Shard(lax.transpose(x.array, order), order.index(x.dim), x.size)
-
-
-def _reduce(
-    fill: Callable[[Any], Any], over_shards: Callable[[Shards, Array], Array]
-) -> Callable[[Localizer, core.JaxprEqn, Shard], Shard | None]:
-    """Makes the rule of a reduction that no order can change."""
-
-    def rule(localizer: Localizer, eqn: core.JaxprEqn, x: Shard) -> Shard | None:
-        assert x.dim is not None
-        dims, shards = eqn.params["axes"], localizer.shards
-        if x.dim not in dims:
-            [out] = localizer._bind(eqn, [x.array])
-            return Shard(out.array, _dim_after_reduction(x.dim, dims), x.size)
-        masked = shards.mask(x.array, x.dim, x.size, fill(x.array.dtype))
-        [out] = localizer._bind(eqn, [masked])
-        return Shard(over_shards(shards, out.array))
-
-    return rule
-
-
-def _lowest(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return -jnp.inf
-    return False if dtype == jnp.bool_ else jnp.iinfo(dtype).min
-
-
-def _highest(dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.inf
-    return True if dtype == jnp.bool_ else jnp.iinfo(dtype).max
-
-
-def _pmin(shards: Shards, x: Array) -> Array:
-    return x if shards.axis is None else lax.pmin(x, shards.axis)
-
-
-def _pany(shards: Shards, x: Array) -> Array:
-    return shards.pmax(x.astype(jnp.int32)).astype(x.dtype)
-
-
-def _pall(shards: Shards, x: Array) -> Array:
-    return _pmin(shards, x.astype(jnp.int32)).astype(x.dtype)
-
-
-_RULES: dict[str, Callable[[Localizer, core.JaxprEqn, Shard], Shard | None]] = {
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
-    "reduce_sum": _reduce(lambda _: 0, lambda shards, x: shards.psum(x)),
-    "reduce_max": _reduce(_lowest, lambda shards, x: shards.pmax(x)),
-    "reduce_min": _reduce(_highest, _pmin),
-    "reduce_or": _reduce(lambda _: False, _pany),
-    "reduce_and": _reduce(lambda _: True, _pall),
-}

@@ -88,6 +88,7 @@ class _Scripted(_Silent):
     def __init__(self, script: Mapping[int, int | Lost]) -> None:
         self._script = dict(script)
         self._reached = -1
+        self._asked: int | None = None
 
     def check(self, num_pool: int) -> None:
         counts = {
@@ -104,13 +105,15 @@ class _Scripted(_Silent):
     def poll(self, step: int, num_devices: int) -> Change | None:
         # A resumed run takes the newest entry that is not in its future; a run that
         # went back to a checkpoint stays with the devices that it had got to.
-        is_new, self._reached = step > self._reached, max(step, self._reached)
+        self._reached = max(step, self._reached)
         due = [s for s in self._script if s <= self._reached]
-        if not due:
+        # Each entry asks once, so that other sources can move the run after it.
+        if not due or max(due) == self._asked:
             return None
-        entry = self._script[max(due)]
+        self._asked = max(due)
+        entry = self._script[self._asked]
         if isinstance(entry, Lost):
-            return Change(entry.num_devices, lost=is_new and max(due) == step)
+            return Change(entry.num_devices, lost=self._asked == step)
         return Change(entry)
 
 

@@ -28,7 +28,7 @@ __all__ = ["Program", "remove_duplicates"]
 # Whether a matrix product becomes a Triton kernel is decided by timing it together
 # with what is fused around it, so another device count can get another kernel. The
 # library's kernels are chosen by the product alone, and the choice is kept.
-_EXACT_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+_EXACT_OPTIONS: dict[str, Any] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 def remove_duplicates(lowered: jax.stages.Lowered) -> None:

@@ -5,15 +5,45 @@ that rounds once. Which products a compiler fuses so depends on the shape of the
 around them, so the bits of `a * b + c * d` would depend on how an array is cut.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["opaque_zero", "unfused"]
+__all__ = ["not_broadcast", "opaque_zero", "unfused"]
 
 
 def opaque_zero(count: Array) -> Array:
     """Returns an int32 zero, from a count of which only we know that it is not < 0."""
     return count >> 31
+
+
+def _integer(dtype: Any) -> Any:
+    """Returns the integers in which bits of this float dtype are told, if any."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return {2: jnp.int16, 4: jnp.int32}.get(jnp.dtype(dtype).itemsize)
+
+
+def not_broadcast(divisor: Array, numerator: Array, zero: Array) -> Array:
+    """Returns a divisor that the compiler cannot know to be the same everywhere.
+
+    It would multiply by the inverse of one scalar instead of dividing by it, but only
+    where an array has more than one element.
+
+    Args:
+        divisor: What is divided by.
+        numerator: What is divided, from which the divisor seems to depend.
+        zero: An int32 zero unknown to the compiler.
+    """
+    integer = _integer(divisor.dtype)
+    if integer is None:
+        return divisor
+    shape = jnp.broadcast_shapes(jnp.shape(divisor), jnp.shape(numerator))
+    bits = lax.bitcast_convert_type(jnp.broadcast_to(divisor, shape), integer)
+    other = lax.bitcast_convert_type(jnp.broadcast_to(numerator, shape), integer)
+    bits = bits ^ (other & zero.astype(integer))
+    return lax.bitcast_convert_type(bits, divisor.dtype)
 
 
 def unfused(x: Array, zero: Array) -> Array:
@@ -23,9 +53,8 @@ def unfused(x: Array, zero: Array) -> Array:
         x: A product.
         zero: An int32 zero unknown to the compiler.
     """
-    width = jnp.dtype(x.dtype).itemsize
-    if not jnp.issubdtype(x.dtype, jnp.floating) or width not in (2, 4):
+    integer = _integer(x.dtype)
+    if integer is None:
         return x
-    integer = jnp.int16 if width == 2 else jnp.int32
     bits = lax.bitcast_convert_type(x, integer) ^ zero.astype(integer)
     return lax.bitcast_convert_type(bits, x.dtype)

@@ -162,7 +162,17 @@ def linear(**options):
     }
 
 
+def _dropout_loss(params, microbatch, key):
+    kept = sk.nn.dropout(microbatch["x"], sk.keys.stream(key, "dropout"), 0.2)
+    return weighted_loss(params, {**microbatch, "x": kept}, key)
+
+
 PROBLEMS = {
+    "linear-clip-adam-ema": lambda: linear(
+        loss=_dropout_loss,
+        tx=optax.chain(optax.clip_by_global_norm(0.05), optax.adam(0.1)),
+        ema=0.9,
+    ),
     "digits-adamw-ema": lambda: digits("adamw", ema=0.9),
     "digits-lion-13": lambda: digits("lion", num_microbatches=13),
     "digits-sgd-bfloat16": lambda: digits("sgd", dtype=jnp.bfloat16),

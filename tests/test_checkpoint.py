@@ -38,22 +38,20 @@ def edit_record(config, step, change):
     ],
     ids=["2x4 to 1x3", "1x3 to 3x2"],
 )
-def test_a_run_goes_on_from_another_mesh(first, then, tmp_path, compile_cache):
-    problem = PROBLEMS["digits-adamw-ema"]()
+def test_a_run_goes_on_from_another_mesh(first, then, make, tmp_path):
     counts = (8, 3) if first.data == 2 else (3, 6)
     config = sk.CheckpointConfig(directory=tmp_path)
-    trainer = sk.Trainer(**problem, mesh=first, checkpoint=config)
+    options = PROBLEMS["linear-clip-adam-ema"]() | {"checkpoint": config}
+    trainer, _ = make(**options | {"mesh": first})
     begun = run_digest(trainer, 3, {0: counts[0]})
     trainer.save()
     state = jax.tree.map(np.asarray, trainer.state)
-    resumed = sk.Trainer(**problem, mesh=then, checkpoint=config)
+    resumed, _ = make(**options | {"mesh": then})
     assert resumed.restore() == resumed.step == 3
     found = run_digest(resumed, 3, {3: counts[1]})
     assert found == {"steps": {}, "state": begun["state"]}
     assert_same_bits(resumed.state, state)
     assert run_digest(resumed, 6, {3: counts[1]}) == run_digest(trainer, 6)
-    trainer.close()
-    resumed.close()
 
 
 def test_keys_and_narrow_floats_are_saved_too(make, tmp_path):

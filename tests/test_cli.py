@@ -65,7 +65,8 @@ def test_reading_a_command_line_does_not_import_jax():
 
 def test_the_environment_gives_devices_threads_and_a_cache(tmp_path):
     code = (
-        'from shardkit import cli; cli.prepare_environment(5, __import__("pathlib").Path("cache")); import jax, os; '
+        "from pathlib import Path; from shardkit import cli; "
+        "cli.prepare_environment(5, Path('cache')); import jax, os; "
         "jax.jit(lambda x: x + 1)(1.0).block_until_ready(); "
         "print(len(jax.devices()), os.environ['PJRT_NPROC'])"
     )
@@ -79,7 +80,8 @@ def test_the_environment_gives_devices_threads_and_a_cache(tmp_path):
 
 
 def test_resizes_beyond_the_end_are_set_apart():
-    config = parse_arguments([TINY, "--steps", "60"]).config
+    resize = "0:8,30:6,60:3,90:8"
+    config = parse_arguments([TINY, "--steps", "60", "--resize", resize]).config
     assert plan_resizes(config, pool=8) == ({0: 8, 30: 6}, {60: 3, 90: 8})
 
 

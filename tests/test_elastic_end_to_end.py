@@ -23,10 +23,7 @@ SPECS = {
     "Nx2": sk.MeshSpec(data=-1, fsdp=2),
     "Nx1": sk.MeshSpec(data=-1, fsdp=1),
 }
-PATHS = {
-    "digits": {0: 8, 1: 5, 3: 3, 4: 8, 5: 5},
-    "gpt": {0: 3, 2: 8, 4: 3},
-}
+QUICK = [name for name in PROBLEMS if not name.startswith(("linear", "digits-wide"))]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +35,7 @@ def begin(tmp_path_factory, compile_cache):
         if (problem, spec) not in made:
             options = PROBLEMS[problem]()
             made[problem, spec] = trainer = sk.Trainer(
-                **options,
-                mesh=SPECS[spec],
+                **options | {"mesh": SPECS[spec]},
                 certify="off",
                 eval=sk.EvalConfig(data=options["data"], every=0, num_batches=2),
                 checkpoint=sk.CheckpointConfig(directory=tmp_path_factory.mktemp(spec)),
@@ -60,14 +56,14 @@ def uninterrupted(begin):
     return functools.cache(lambda problem, steps: run_digest(begin(problem), steps))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("problem", QUICK)
 def test_a_change_of_devices_leaves_no_trace(problem, begin, uninterrupted):
-    path = PATHS[problem.partition("-")[0]]
-    assert run_digest(begin(problem), STEPS, path) == uninterrupted(problem, STEPS)
+    found = run_digest(begin(problem), STEPS, {1: 3, 3: 8, 4: 3})
+    assert found == uninterrupted(problem, STEPS)
 
 
 @settings(
-    max_examples=8,
+    max_examples=20,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -79,8 +75,9 @@ def test_a_change_of_devices_leaves_no_trace(problem, begin, uninterrupted):
     spec=st.sampled_from(list(SPECS)),
 )
 def test_random_schedules_and_meshes(script, spec, begin, uninterrupted):
-    found = run_digest(begin("digits-adamw-ema", spec), STEPS, script)
-    assert found == uninterrupted("digits-adamw-ema", STEPS)
+    # A small problem, since nearly every mesh there is has to be compiled.
+    found = run_digest(begin("linear-clip-adam-ema", spec), STEPS, script)
+    assert found == uninterrupted("linear-clip-adam-ema", STEPS)
 
 
 @pytest.mark.slow
@@ -127,23 +124,23 @@ def test_a_step_whose_gradient_overflows_is_skipped(begin):
 
 
 def test_the_state_is_the_same_leaf_by_leaf_without_padding(begin):
-    trainer = begin("digits-adamw-ema", "1xN")
+    trainer = begin("digits-adamw-ema")
     states = {}
-    for count in (8, 5):
+    for count in (8, 3):
         trainer.restore(0)
         list(trainer.run(steps=3, membership=sk.scripted({0: count})))
         states[count] = jax.tree.map(np.asarray, trainer.state)
-    assert_same_bits(states[5], states[8])
-    assert states[5].params["hidden_0"]["kernel"].shape == (64, 7)
-    assert states[5].ema["logits"]["kernel"].shape == (7, 10)
+    assert_same_bits(states[3], states[8])
+    assert states[3].params["hidden_0"]["kernel"].shape == (64, 7)
+    assert states[3].ema["logits"]["kernel"].shape == (7, 10)
 
 
-@pytest.mark.parametrize("count", [8, 5, 3])
-def test_state_bytes_per_device_fall(count, begin):
-    trainer = begin("digits-adamw-ema", "1xN")
+@pytest.mark.parametrize(("count", "num_shards"), [(8, 4), (3, 3)])
+def test_state_bytes_per_device_fall(count, num_shards, begin):
+    trainer = begin("digits-adamw-ema")
     list(trainer.run(steps=1, membership=sk.scripted({0: count})))
     # Kernels of 64 × 7 and 7 × 10 are cut along their first dim; biases are not.
-    elements = -(-64 // count) * 7 + -(-7 // count) * 10 + 7 + 10
+    elements = -(-64 // num_shards) * 7 + -(-7 // num_shards) * 10 + 7 + 10
     _, state = trainer._start()
     for tree in (state.params, state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
         for device in jax.devices()[:count]:
@@ -158,7 +155,7 @@ def test_state_bytes_per_device_fall(count, begin):
 
 def test_evaluation_is_the_same_on_every_mesh(begin):
     found = []
-    for count in (8, 5):
+    for count in (8, 3):
         trainer = begin("digits-adamw-ema")
         list(trainer.run(steps=3, membership=sk.scripted({0: count})))
         found.append(trainer.evaluate())

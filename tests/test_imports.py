@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 TIERS = [
     "errors events",
     "tree mesh keys membership nn model shards rounding jaxprs corpus prefetch",
-    "logical_axes microbatch data layout exact_sum collectives atomics",
+    "logical_axes microbatch data layout exact_sum collectives atomics local_rules",
     "digest state localize program gradient",
     "recipe reshard",
     "placement",

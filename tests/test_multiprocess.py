@@ -76,7 +76,7 @@ def test_processes_with_every_device_count_on_one_and_two_cores(problem, tmp_pat
     check_relay(problem, runs, tmp_path)
 
 
-def test_two_processes_train_together(tmp_path):
+def test_two_processes_train_together(tmp_path, compile_cache):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,6 +87,7 @@ def test_two_processes_train_together(tmp_path):
     problem = PROBLEMS["digits-adamw-ema"]()
     trainer = sk.Trainer(
         **problem,
+        mesh=sk.MeshSpec(data=2, fsdp=-1),
         checkpoint=sk.CheckpointConfig(directory=tmp_path),
         eval=sk.EvalConfig(data=problem["data"], every=2),
         events=sk.EventLog(),
