@@ -7,6 +7,7 @@ saved, or an error is raised. Retention is Orbax's; the atomic commit too.
 """
 
 import dataclasses
+import json
 import os
 import platform
 from collections.abc import Mapping
@@ -167,10 +168,11 @@ class Checkpoints:
             RestoreError: If the checkpoint is of another run.
         """
         saved = record["manifest"]
+        manifest = json.loads(json.dumps(manifest))
         rows = [
             (key, f"saved {saved.get(key)!r}", f"now {value!r}")
-            for key, value in manifest.items()
-            if saved.get(key) != value
+            for key in sorted(manifest.keys() | saved.keys())
+            if saved.get(key) != (value := manifest.get(key))
         ]
         if rows:
             raise RestoreError(

@@ -9,7 +9,7 @@ make, and when, is the trainer's business.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any
 
@@ -17,13 +17,14 @@ import numpy as np
 
 from shardkit.errors import CertificateError, MembershipError
 from shardkit.events import EventLog
+from shardkit.membership import Change, Membership
 from shardkit.mesh import MeshSpec, device_ids, mesh_sizes
 from shardkit.placement import Placement
 from shardkit.recipe import Recipe
 from shardkit.reshard import reshard
 from shardkit.state import TrainState
 
-__all__ = ["Placements", "Transition", "choose_devices", "wait_for"]
+__all__ = ["Placements", "Transition", "ask", "choose_devices", "wait_for"]
 
 
 def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
@@ -98,6 +99,24 @@ class Placements:
         return totals
 
 
+def ask(
+    membership: Membership,
+    step: int,
+    num_devices: int,
+    pool: Sequence[Any],
+    events: EventLog,
+) -> Change:
+    """Asks for a change; one that cannot be made is told, and the run goes on."""
+    try:
+        change = membership.poll(step, num_devices) or Change()
+        if change.num_devices is not None:
+            choose_devices(pool, change.num_devices)
+        return change
+    except MembershipError as error:
+        events.emit("notice", message=f"no change of devices: {error}")
+        return Change()
+
+
 def wait_for(work: Callable[[], Any], interrupted: Callable[[], None]) -> Any:
     """Runs `work` in a thread, so that a signal is seen while it goes on.
 
@@ -113,11 +132,11 @@ def wait_for(work: Callable[[], Any], interrupted: Callable[[], None]) -> Any:
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
-    while True:
-        with contextlib.suppress(TimeoutError):
-            return future.result(timeout=0.1)
+    # Not a daemon: an interpreter that ends while XLA compiles would crash.
+    Thread(target=run).start()
+    while not wait([future], timeout=0.1).done:
         interrupted()
+    return future.result()
 
 
 class Transition:
@@ -163,21 +182,21 @@ class Transition:
 
     def certify(
         self, before: TrainState, after: TrainState, batch: Any
-    ) -> tuple[TrainState, dict[str, Any], list[str]]:
+    ) -> tuple[TrainState, TrainState, dict[str, Any], list[str]]:
         """Computes one step on both placements and compares all bits.
 
         Both states are consumed.
 
         Returns:
-            The state after the step on the new placement, the step's metrics, and
-            the leaves and metrics that differ.
+            The state after the step on the old placement and on the new one, the
+            step's metrics, and the leaves and metrics that differ.
         """
         results = []
         with self.phase("certify"):
             for placement, state in ((self.old, before), (self.new, after)):
                 state, metrics = placement.step(state, batch)
                 results.append((placement.digest(state), state, metrics))
-        (old_digest, _, old_metrics), (new_digest, state, metrics) = results
+        (old_digest, stayed, old_metrics), (new_digest, moved, metrics) = results
         differing = [
             path
             for path, lanes in new_digest.items()
@@ -188,7 +207,7 @@ class Transition:
             for name, value in metrics.items()
             if np.asarray(value).tobytes() != np.asarray(old_metrics[name]).tobytes()
         ]
-        return state, metrics, differing
+        return stayed, moved, metrics, differing
 
     def report(self, step: int, certified: bool | None) -> dict[str, Any]:
         """Describes the change, as the event `reconfigure` has it."""
@@ -209,6 +228,7 @@ class Transition:
             f"step {step}: {mesh_sizes(self.old.mesh)} and {mesh_sizes(self.new.mesh)} "
             f"computed other bits in {len(differing)} leaves: "
             f"{', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. "
-            "Stay on the old devices and report this, or go on with "
+            "The trainer stands after that step on the old devices: save it and report "
+            "this, or go on with "
             "on_failed_certificate='continue'."
         )

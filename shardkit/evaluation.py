@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from shardkit.errors import ConfigError
 from shardkit.placement import Placement
 
 __all__ = ["EvalConfig", "evaluate"]
@@ -26,6 +27,13 @@ class EvalConfig:
     data: Callable[[int], Any]
     every: int
     num_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_batches < 1 or self.every < 0:
+            raise ConfigError(
+                "EvalConfig: expected num_batches of at least 1 and every of at least "
+                f"0, found {self.num_batches} and {self.every}"
+            )
 
 
 def evaluate(

@@ -1,8 +1,8 @@
 """Float sums whose bits do not depend on order or grouping.
 
 Owns the arithmetic behind exact consistency: a float is cut into integer digits on
-a power-of-two grid, integers are added in whatever order is cheapest, and the total
-is rounded to a float once. Invariant: the result is a function of the multiset of
+a power-of-two grid, integers are added in whatever order is cheapest, and only the
+total is rounded to a float. Invariant: the result is a function of the multiset of
 addends alone. It knows nothing of meshes; a caller passes in the collectives.
 
 Two forms: `exact_sum` for values that are all there (norms, factored moments,

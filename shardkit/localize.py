@@ -144,11 +144,12 @@ class Localizer:
     def _apply(self, eqn: Any, args: list[Shard]) -> list[Shard]:
         """Carries out one equation."""
         name = eqn.primitive.name
-        for refused in sorted(primitive_names(eqn) & _REFUSED.keys()):
+        refused = ", ".join(sorted(primitive_names(eqn) & _REFUSED.keys()))
+        if self.shards.exact and refused:
             raise InexactError(
                 f"{refused} (in {source_info_util.summarize(eqn.source_info)}) "
-                f"cannot be made exact: {_REFUSED[refused]}; or run with "
-                "consistency='fast'."
+                f"cannot be made exact: {_REFUSED[refused.split(', ')[0]]}; or run "
+                "with consistency='fast'."
             )
         if name in _APPROXIMATED and self.shards.exact:
             return self._gather_and_bind(eqn, args)
@@ -174,7 +175,7 @@ class Localizer:
             return [Shard(x) for x in results(eqn, arrays)]
         if eqn.primitive.name == "rsqrt":
             # Both of these are rounded correctly, and it is not.
-            return [Shard(1 / jnp.sqrt(arrays[0]))]
+            return [Shard(1 / unfused(jnp.sqrt(arrays[0]), self._zero))]
         if eqn.primitive.name == "div":
             arrays = [arrays[0], not_broadcast(arrays[1], arrays[0], self._zero)]
         outs = results(eqn, arrays)

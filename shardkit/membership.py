@@ -54,6 +54,11 @@ class Change:
 class Membership(Protocol):
     """A source of changes."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes of a run hear the same at the same step."""
+        ...
+
     def start(self) -> Callable[[], None]:
         """Begins to listen; returns what ends it."""
         ...
@@ -74,6 +79,8 @@ class Membership(Protocol):
 class _Silent:
     """A source that needs no starting and cannot be known to be wrong."""
 
+    is_shared = False
+
     def start(self) -> Callable[[], None]:
         return lambda: None
 
@@ -85,10 +92,16 @@ class _Silent:
 
 
 class _Scripted(_Silent):
+    is_shared = True
+
     def __init__(self, script: Mapping[int, int | Lost]) -> None:
         self._script = dict(script)
+        self.start()
+
+    def start(self) -> Callable[[], None]:
         self._reached = -1
         self._asked: int | None = None
+        return lambda: None
 
     def check(self, num_pool: int) -> None:
         counts = {
@@ -182,6 +195,10 @@ class _WatchedFile(_Silent):
 
 
 class _Combined:
+    @property
+    def is_shared(self) -> bool:
+        return all(source.is_shared for source in self._sources)
+
     def __init__(self, sources: tuple[Membership, ...]) -> None:
         self._sources = sources
 

@@ -61,7 +61,8 @@ class StepMetrics:
 class Pending:
     """Holds a step back until the next one is on its way, so that no one waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, check_gradients: bool) -> None:
+        self._check_gradients = check_gradients
         self._held: list[tuple[int, Placement, Any]] = []
         self._last_s = time.monotonic()
 
@@ -84,9 +85,11 @@ class Pending:
         now_s = time.monotonic()
         spent_s, self._last_s = now_s - self._last_s, now_s
         # A scale that is too large breaks gradients only: no loss scale mends a loss.
-        if not np.isfinite(loss):
+        norm = float(values["grad_norm"])
+        if not np.isfinite(loss) or (self._check_gradients and not np.isfinite(norm)):
             raise NonFiniteError(
-                f"step {step}: the loss is {loss}. What is saved is from before it; "
+                f"step {step}: the loss is {loss} and the gradient's norm {norm}. "
+                "What is saved is from before it; "
                 "lower the learning rate, clip the gradient, or look at this batch."
             )
         return StepMetrics(

@@ -84,6 +84,7 @@ class Placement:
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
         self.executable: Any = None
         self.not_donated: list[str] = []
+        self._has_run = False
 
     @property
     def num_devices(self) -> int:
@@ -116,11 +117,11 @@ class Placement:
             state: On this mesh.
             batch: The global batch, in host memory.
         """
-        is_first = not self.is_compiled
-        if is_first:
+        if not self.is_compiled:
             self.compile()
         out = self.executable(state, self.place_batch(batch), self.root)
-        if is_first:
+        if not self._has_run:
+            self._has_run = True
             leaves = zip(
                 jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True
             )
@@ -150,6 +151,16 @@ class Placement:
 
             self.programs[key] = Program(digest, name="digest", exact=False)
         return self.programs[key]
+
+    def logical(self, state: TrainState) -> TrainState:
+        """Drops the padding; leaves without any are the very same arrays."""
+
+        def unpad(x: Array, leaf: LeafLayout) -> Array:
+            if not leaf.is_padded(self._shards.count):
+                return x
+            return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
+
+        return jax.tree.map(unpad, state, self.layout)
 
     def place_batch(self, batch: Any) -> Any:
         """Cuts a global batch into microbatches and gives each device its own."""

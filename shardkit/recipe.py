@@ -102,7 +102,10 @@ class Recipe:
             step=jnp.int32(0),
             params=params,
             opt_state=self.tx.init(params),
-            ema=params if self.ema is not None else None,
+            # In bfloat16 a decay near 1 would round to 1.
+            ema=jax.tree.map(lambda p: p.astype(jnp.float32), params)
+            if self.ema is not None
+            else None,
             grad_exponent=jax.tree.map(lambda _: exponent, params)
             if self.exact
             else None,
@@ -123,7 +126,7 @@ class Recipe:
         if self.ema is not None:
             decay = self.ema
             ema = jax.tree.map(
-                lambda e, p: (decay * e + (1 - decay) * p).astype(p.dtype), ema, params
+                lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), ema, params
             )
         norm = optax.tree.norm(grads)
         new = TrainState(
@@ -221,7 +224,8 @@ class Recipe:
             microbatch: An abstract microbatch.
 
         Raises:
-            PartitionError: If a loss returns anything but scalars.
+            PartitionError: If a loss returns anything but scalars, or a metric whose
+                name is taken.
         """
         key = jax.eval_shape(lambda: jax.random.key(0))
         structures = []
@@ -240,6 +244,16 @@ class Recipe:
                 raise PartitionError(
                     f"{name} must return scalars (sums over its microbatch), found\n"
                     + format_table(bad)
+                )
+            taken = {
+                "loss",
+                "weight",
+                "grad_norm",
+                "gradient_passes",
+            } & out.metrics.keys()
+            if taken:
+                raise PartitionError(
+                    f"{name}: the metrics {sorted(taken)} exist already; rename yours"
                 )
             structures.append(jax.tree.structure(out))
         return structures[0], structures[1]

@@ -1,8 +1,9 @@
 """Pieces of an array along one mesh axis, as seen from inside `shard_map`.
 
-Owns the cutting rule: a dim is cut into equal pieces, the last ones zero-padded
-where the count does not divide it. Invariant: joining the pieces and dropping the
-padding gives back the array. It decides neither which dim is cut nor on what mesh.
+Owns the cutting rule: a dim is cut into equal pieces, the last ones padded
+where the count does not divide it; what the padding holds is undefined. Invariant:
+joining the pieces and dropping the padding gives back the array. It decides neither
+which dim is cut nor on what mesh.
 """
 
 import dataclasses

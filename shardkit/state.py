@@ -4,12 +4,14 @@ Owns `TrainState` and the layout of each of its leaves. Invariant: every leaf is
 global array; nothing in it names a device or a mesh. It computes no updates.
 """
 
+import collections
 import dataclasses
 from typing import Any
 
 import jax
 from jax import Array
 
+from shardkit.errors import PartitionError
 from shardkit.layout import LeafLayout
 from shardkit.tree import map_named
 
@@ -48,9 +50,23 @@ def make_layout(abstract: TrainState, dims: Any) -> Any:
 
     Returns:
         A tree like it, of `LeafLayout`.
+
+    Raises:
+        PartitionError: If two leaves have the same path.
     """
-    return map_named(
+    layout = map_named(
         lambda path, x, dim: LeafLayout(path, tuple(x.shape), x.dtype, dim),
         abstract,
         dims,
     )
+    # Checkpoints spell "/" as ".", so both are one there.
+    names = collections.Counter(
+        x.path.replace("/", ".") for x in jax.tree.leaves(layout)
+    )
+    shared = [name for name, count in names.items() if count > 1]
+    if shared:
+        raise PartitionError(
+            f"several leaves have the same path: {', '.join(shared)}. Rename a key "
+            "that contains '/' or '.'."
+        )
+    return layout

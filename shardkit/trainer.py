@@ -10,20 +10,20 @@ from typing import Any
 
 import jax
 import optax
-from jax import Array, lax
+from jax import Array
 
 from shardkit.checkpoint import CheckpointConfig, Checkpoints
 from shardkit.data import check_batch
 from shardkit.digest import combine_digests
-from shardkit.elastic import Placements, Transition, wait_for
+from shardkit.elastic import Placements, Transition, ask, wait_for
 from shardkit.errors import (
     ConfigError,
     LostStateError,
+    MembershipError,
     Preempted,
 )
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
-from shardkit.layout import SHARD_AXIS
 from shardkit.logical_axes import AxisRules
 from shardkit.membership import Change, Membership, scripted
 from shardkit.mesh import MeshSpec, device_ids
@@ -129,7 +129,8 @@ class Trainer:
         self._certify = certify if consistency == "exact" else "off"
         self._continue_uncertified = on_failed_certificate == "continue"
         self._eval = eval
-        self._manifest = {"seed": seed, "consistency": consistency, **(manifest or {})}
+        known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
+        self._manifest = {**known, **(manifest or {})}
         self._layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
@@ -166,16 +167,9 @@ class Trainer:
 
     @property
     def state(self) -> TrainState:
-        """The state as global arrays without padding."""
+        """The state as global arrays without padding, valid until the next step."""
         placement, state = self._start()
-        count = placement.mesh.shape[SHARD_AXIS]
-
-        def logical(x: Array, leaf: Any) -> Array:
-            if not leaf.is_padded(count):
-                return x
-            return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
-
-        return jax.tree.map(logical, state, self._layout)
+        return placement.logical(state)
 
     def run(
         self, steps: int, membership: Membership | None = None
@@ -194,6 +188,11 @@ class Trainer:
         """
         membership = membership or scripted({})
         membership.check(len(self._pool))
+        if jax.process_count() > 1 and not membership.is_shared:
+            raise MembershipError(
+                "several processes must change at the same step, which signals and "
+                "watched files cannot promise; use sk.scripted there"
+            )
         stop = membership.start()
         try:
             yield from self._run(steps, membership)
@@ -205,10 +204,10 @@ class Trainer:
             if membership.leaving():
                 self._leave()
 
-        pending = Pending()
+        pending = Pending(check_gradients=self._recipe.loss_scale is None)
         while self._step < steps:
             count = self._live[0].num_devices if self._live else len(self._pool)
-            change = membership.poll(self._step, count) or Change()
+            change = ask(membership, self._step, count, self._pool, self.events)
             wanted = change.num_devices or count
             moves = self._live is not None and wanted != count
             if moves or change.leave:
@@ -217,12 +216,9 @@ class Trainer:
             if change.leave:
                 self._leave()
             metrics = self._reconfigure(wanted, change, give_up) if moves else None
-            step = self._step
             if metrics is None:
                 metrics = self._execute(give_up)
-            # The state has moved on, so the step does before anybody sees either.
-            self._step = step + 1
-            yield from pending.push(step, self._start()[0], metrics)
+            yield from pending.push(self._step - 1, self._start()[0], metrics)
             if self._eval and self._is_due(self._eval.every):
                 yield from pending.flush()
                 self.evaluate(interrupted=give_up)
@@ -252,7 +248,8 @@ class Trainer:
         if is_first:
             wait_for(placement.compile, give_up)
         state, metrics = placement.step(state, self._prefetcher.get(self._step))
-        self._live = placement, state
+        # State and step move together, before anybody sees either.
+        self._live, self._step = (placement, state), self._step + 1
         if is_first and placement.not_donated:
             names = ", ".join(placement.not_donated)
             message = f"not donated, so that they exist twice during a step: {names}"
@@ -278,25 +275,29 @@ class Trainer:
         try:
             after = transition.move(before, lost=lost, keep_source=certify)
         except LostStateError as error:
-            after = self._rewind(new, error, transition)
-        metrics, certified = None, None
-        if certify:
-            batch = self._prefetcher.get(self._step)
-            after, metrics, differing = transition.certify(before, after, batch)
-            certified = not differing
-            if differing:
-                failure = transition.failure(differing, self._step)
-                if not self._continue_uncertified:
-                    raise failure
-                self.events.emit("notice", message=str(failure))
-            self._certified |= {old_ids, new_ids}
-        self._live = new, after
-        self.events.emit("reconfigure", **transition.report(self._step, certified))
+            self._rewind(new, error, transition)
+            certify = False
+        else:
+            self._live = self._live if certify else (new, after)
+        if not certify:
+            self.events.emit("reconfigure", **transition.report(self._step, None))
+            return None
+        step, batch = self._step, self._prefetcher.get(self._step)
+        stayed, moved, metrics, differing = transition.certify(before, after, batch)
+        if differing:
+            self._live, self._step = (old, stayed), step + 1
+            failure = transition.failure(differing, step)
+            if not self._continue_uncertified:
+                raise failure
+            self.events.emit("notice", message=str(failure))
+        self._live, self._step = (new, moved), step + 1
+        self._certified |= {old_ids, new_ids}
+        self.events.emit("reconfigure", **transition.report(step, not differing))
         return metrics
 
     def _rewind(
         self, new: Placement, error: LostStateError, transition: Transition
-    ) -> TrainState:
+    ) -> None:
         """Goes back to the newest checkpoint, since shards are gone."""
         if self._checkpoints is None or not self._checkpoints.steps():
             raise error
@@ -304,11 +305,10 @@ class Trainer:
             record = self._checkpoints.record()
             state = self._checkpoints.load(record, new)
         repeated = self._step - record["step"]
-        self._step = record["step"]
+        self._live, self._step = (new, state), record["step"]
         self.events.emit("rewind", step=self._step, repeats=repeated)
         message = f"lost shards: step {self._step} restored, {repeated} to repeat"
         self.events.emit("notice", message=message)
-        return state
 
     def evaluate(
         self, *, interrupted: Callable[[], None] = lambda: None

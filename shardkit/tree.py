@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["format_table", "leaf_paths", "map_named", "named_leaves", "path_string"]
+__all__ = ["format_table", "map_named", "named_leaves", "path_string"]
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -29,11 +29,6 @@ def named_leaves(
     """Lists `(path, leaf)` in flattening order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     return [(path_string(path), leaf) for path, leaf in leaves]
-
-
-def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """Replaces every leaf by its path."""
-    return map_named(lambda path, _: path, tree, is_leaf=is_leaf)
 
 
 def map_named(

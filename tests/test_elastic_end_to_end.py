@@ -63,7 +63,7 @@ def test_a_change_of_devices_leaves_no_trace(problem, begin, uninterrupted):
 
 
 @settings(
-    max_examples=20,
+    max_examples=12,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -151,6 +151,22 @@ def test_sigterm_is_heard_while_evaluating(make, tmp_path):
     assert fields_of(events, "eval") == []
 
 
+def test_a_request_that_cannot_be_met_does_not_end_the_run(make, tmp_path):
+    wish = tmp_path / "devices.json"
+    wish.write_text('{"num_devices": 99}')
+    trainer, events = make(certify="off")
+    membership = sk.combine(sk.watch_file(wish), sk.signals())
+    for metrics in trainer.run(steps=8, membership=membership):
+        assert metrics.num_devices == 8
+        if metrics.step == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        if metrics.step == 4:
+            wish.write_text("{")
+    notices = [fields["message"] for fields in fields_of(events, "notice")]
+    for message, found in zip(notices, ("found 99", "found 9", "'{'"), strict=True):
+        assert found in message
+
+
 def test_sigusr_takes_and_gives_a_device(make):
     trainer, _ = make(certify="off")
     counts = []

@@ -16,6 +16,7 @@ from problems import (
 )
 
 import shardkit as sk
+from shardkit.placement import Placement
 from shardkit.testing import assert_same_bits, run_digest
 
 RECORD = optax.trace(decay=0.0)
@@ -107,6 +108,24 @@ def test_the_state_is_donated(make):
     assert not [n for n in fields_of(events, "notice") if "donated" in n["message"]]
 
 
+def test_what_cannot_be_donated_is_named(make, monkeypatch):
+    compile_step = Placement.compile
+
+    def compile_without_donation(placement):
+        compile_step(placement)
+        run = placement.executable
+        placement.executable = lambda state, *rest: run(
+            jax.tree.map(jnp.copy, state), *rest
+        )
+
+    monkeypatch.setattr(Placement, "compile", compile_without_donation)
+    trainer, events = make()
+    consume(trainer, 2)
+    notices = [fields["message"] for fields in fields_of(events, "notice")]
+    [message] = [text for text in notices if "donated" in text]
+    assert "params/kernel" in message
+
+
 def test_metrics_come_one_step_behind_and_all_of_them(make):
     trainer, _ = make()
     steps_begun = [(m.step, trainer.step) for m in trainer.run(steps=4)]
@@ -177,6 +196,9 @@ def test_a_loss_that_depends_on_the_device_fails_its_certificate(make):
     assert "metrics/grad_norm" in message
     assert "on_failed_certificate='continue'" in message
     assert fields_of(events, "reconfigure") == []
+    # The run goes on where it can.
+    assert [m.num_devices for m in consume(trainer, 4)][-1] == 8
+    assert int(trainer.state.step) == 4
 
 
 def test_an_optimizer_that_depends_on_the_device_names_its_leaves(make):
