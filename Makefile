@@ -36,7 +36,7 @@ train: $(INSTALLED) ## Train on real text while devices come and go, and compare
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests and the doctests, or what ARGS names
-	$(BIN)/python -m pytest -m "not slow" $(or $(ARGS),$(TESTS))
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(or $(ARGS),$(TESTS))
 
 .PHONY: soak
 soak: $(INSTALLED) ## Run the long tests: hundreds of random changes
