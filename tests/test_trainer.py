@@ -237,6 +237,15 @@ def test_evaluation_comes_when_it_is_due_and_names_the_metrics(make):
     assert found.keys() == {"loss", "largest"}
 
 
+def test_evaluation_uses_the_average_if_there_is_one(make):
+    evaluation = sk.EvalConfig(data=linear_data, every=0)
+    trainer, _ = make(loss=weighted_loss, eval=evaluation, ema=0.5)
+    consume(trainer, 3)
+    out = weighted_loss(trainer.state.ema, linear_data(0), None)
+    loss = trainer.evaluate()["loss"]
+    np.testing.assert_allclose(loss, out.loss_sum / out.weight, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
