@@ -10,6 +10,7 @@ from typing import Any
 
 from shardkit.errors import ConfigError
 from shardkit.placement import Placement
+from shardkit.state import TrainState
 
 __all__ = ["EvalConfig", "evaluate"]
 
@@ -39,22 +40,23 @@ class EvalConfig:
 def evaluate(
     config: EvalConfig,
     placement: Placement,
-    params: Any,
+    state: TrainState,
     step: int,
     interrupted: Callable[[], None],
 ) -> dict[str, float]:
-    """Evaluates parameters where they are.
+    """Evaluates parameters where they are, or their average if there is one.
 
     Args:
         config: On what.
-        placement: Where the parameters are.
-        params: As they lie there.
+        placement: Where the state is.
+        state: As it lies there.
         step: The step, for the random keys of a loss that draws.
         interrupted: Called between batches; raises to give up.
 
     Returns:
         The loss and the metrics, each Σ / Σ weight over the set.
     """
+    params = state.params if state.ema is None else state.ema
     totals: dict[str, float] = {}
     for index in range(config.num_batches):
         interrupted()

@@ -57,8 +57,7 @@ class Trainer:
         on_failed_certificate: `"stop"`, or `"continue"` with a notice.
         checkpoint: Where and when to save; None for never.
         eval: On what and when to evaluate; None for never.
-        ema: Decay of a moving average of the parameters, which evaluation then
-            uses, or None.
+        ema: Decay of an average of the parameters, to evaluate with; None for none.
         loss_scale: How the loss is scaled, or None.
         path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
         strict: Whether unannotated leaves and unused rules are errors.
@@ -322,8 +321,7 @@ class Trainer:
         if self._eval is None:
             raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
         placement, state = self._start()
-        params = state.params if state.ema is None else state.ema
-        result = evaluate(self._eval, placement, params, self._step, interrupted)
+        result = evaluate(self._eval, placement, state, self._step, interrupted)
         self.events.emit("eval", step=self._step, **result)
         return result
 
