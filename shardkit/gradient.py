@@ -122,15 +122,17 @@ class MicrobatchLoop:
             rows, sums = self._fast_pass(value_and_grad, leaves, jax.tree.leaves(dims))
             passes = jnp.int32(1)
         out = self._sum_rows(rows)
-        inverse = 1 / (out.weight * scale)
+        # One after the other, as their product can leave the range of a float.
+        factors = (
+            [1 / out.weight] if loss_scale is None else [1 / scale, 1 / out.weight]
+        )
         if self.exact:
             # Dividing by a broadcast is rewritten differently on one device.
-            inverse, sums = lax.optimization_barrier((inverse, sums))
+            factors, sums = lax.optimization_barrier((factors, sums))
         zero = opaque_zero(step)
-        grads = [
-            unfused(g * inverse, zero).astype(p.dtype)
-            for g, p in zip(sums, leaves, strict=True)
-        ]
+        for factor in factors:
+            sums = [unfused(g * factor, zero) for g in sums]
+        grads = [g.astype(p.dtype) for g, p in zip(sums, leaves, strict=True)]
         return out, treedef.unflatten(grads), grad_exponent, passes
 
     def _exact_pass(

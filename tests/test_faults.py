@@ -127,3 +127,15 @@ def test_work_that_times_out_is_not_taken_for_waiting():
 
     with pytest.raises(TimeoutError, match="file system"):
         wait_for(work, lambda: None)
+
+
+def test_a_large_loss_scale_and_weight_do_not_make_the_gradient_vanish():
+    def weighted(params, microbatch, key):
+        weight = jnp.float32(2.0**14)
+        return sk.LossOutput(loss(params, microbatch, key) * weight * 1e-6, weight)
+
+    scale = sk.LossScale(initial=2.0**112, growth_interval=None)
+    trainer = make_trainer(loss=weighted, loss_scale=scale)
+    [metrics] = trainer.run(1)
+    assert 0 < metrics.metrics["grad_norm"] < np.inf
+    trainer.close()
