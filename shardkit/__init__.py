@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from shardkit.program import Program as Program
     from shardkit.recipe import LossScale as LossScale
     from shardkit.trainer import Trainer as Trainer
+    from shardkit.version import __version__ as __version__
 
 _MODULES = ("data", "keys", "nn")
 _HOMES = {
@@ -57,6 +58,7 @@ _HOMES = {
     "program": "Program",
     "recipe": "LossScale",
     "trainer": "Trainer",
+    "version": "__version__",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 

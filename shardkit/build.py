@@ -167,6 +167,8 @@ def build_trainer(
     Raises:
         ShardkitError: If any part of the config cannot be built.
     """
+    import jax
+
     import shardkit as sk
     from shardkit.optim import build_optimizer
 
@@ -179,12 +181,13 @@ def build_trainer(
             every=config.train.eval_every or config.train.steps,
             num_batches=config.train.eval_batches,
         )
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
         init=model.init,
         loss=model.loss,
         eval_loss=model.eval_loss,
-        tx=build_optimizer(config.optimizer),
+        tx=build_optimizer(config.optimizer, params),
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
         axis_rules={**model.axis_rules, **rules},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -213,7 +214,9 @@ class Checkpoints:
             raise RestoreError(
                 f"{self._directory}: step {record['step']} cannot be read: {error}"
             ) from error
-        state = treedef.unflatten([_place(found[_name(x)], x, mesh) for x in leaves])
+        # One after the other: a leaf is held twice, not the state.
+        state = [_place(found.pop(_name(leaf)), leaf, mesh) for leaf in leaves]
+        state = treedef.unflatten(state)
         self._check_digests(record, placement.digest(state))
         return state
 
@@ -267,7 +270,7 @@ def _place(array: Any, leaf: LeafLayout, mesh: Mesh) -> Any:
     if leaf.is_padded(mesh.shape[SHARD_AXIS]):
         return from_host(np.asarray(array.addressable_data(0)), leaf, mesh)
     # Arrays as Orbax returns them can refuse donation without a word.
-    return jax.jit(lambda x: x.copy(), out_shardings=leaf.sharding(mesh))(array)
+    return jax.jit(jnp.copy, out_shardings=leaf.sharding(mesh))(array)
 
 
 def _compare_leaves(saved: Mapping[str, Any], layout: Any, where: str) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from shardkit.shards import Shards, pad_dim
+from shardkit.shards import Shards
 
 __all__ = ["gather_pieces", "sum_to_pieces"]
 
@@ -35,13 +35,10 @@ def gather_pieces(
         sizes: The logical size of that dim.
         shards: How they are cut.
     """
-
-    def gather(flat: Array) -> Array:
-        return flat[None] if shards.axis is None else lax.all_gather(flat, shards.axis)
-
-    rows = _in_buckets(list(pieces), [piece.shape for piece in pieces], gather)
+    shapes = [piece.shape for piece in pieces]
+    rows = _in_buckets(list(pieces), shapes, shards.all_gather)
     return [
-        lax.slice_in_dim(_join(row, dim), 0, size, axis=dim)
+        shards.join(row, dim, size)
         for row, dim, size in zip(rows, dims, sizes, strict=True)
     ]
 
@@ -65,7 +62,7 @@ def sum_to_pieces(
     def scatter(flat: Array) -> Array:
         return lax.psum(lax.psum_scatter(flat, axis), data_axis)
 
-    pieces = [_split(wholes[i], dims[i], shards) for i in cut]
+    pieces = [shards.split(wholes[i], dims[i]) for i in cut]
     summed = dict(
         zip(
             cut,
@@ -115,17 +112,3 @@ def _buckets(arrays: list[Array]) -> list[list[int]]:
         groups[-1].append(i)
         room -= array.nbytes
     return groups
-
-
-def _split(x: Array, dim: int, shards: Shards) -> Array:
-    """Cuts a dim into equal padded pieces, listed in a new first dim."""
-    piece = shards.piece(x.shape[dim])
-    x = pad_dim(x, dim, piece * shards.count)
-    x = x.reshape(*x.shape[:dim], shards.count, piece, *x.shape[dim + 1 :])
-    return jnp.moveaxis(x, dim, 0)
-
-
-def _join(pieces: Array, dim: int) -> Array:
-    """Undoes `_split`, but for the padding."""
-    x = jnp.moveaxis(pieces, 0, dim)
-    return x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])

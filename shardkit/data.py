@@ -1,7 +1,6 @@
 """The global batch as a pure function of the step.
 
-Owns the order in which examples are visited, and the check that a batch can be cut
-into microbatches.
+Owns the order in which examples are visited.
 
 Invariant: `batches(step)` depends on the data, the seed and the step only. Device
 and process counts and earlier calls never enter, so a run's whole data cursor is one
@@ -14,19 +13,19 @@ References:
 """
 
 import operator
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from shardkit.batch import check_batch
 from shardkit.corpus import TextCorpus as TextCorpus
 from shardkit.errors import DataError
 
-__all__ = ["ArrayBatches", "TextBatches", "TextCorpus", "check_batch", "permute"]
+__all__ = ["ArrayBatches", "TextBatches", "TextCorpus", "permute"]
 
 NUM_ROUNDS = 8
 _UINT64_MASK = 2**64 - 1
@@ -259,76 +258,3 @@ class ArrayBatches:
             seed=self.seed,
         )
         return {name: array[rows] for name, array in self.arrays.items()}
-
-
-def _iterate_leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for name, child in node.items():
-            yield from _iterate_leaves(child, f"{path}/{name}" if path else str(name))
-    else:
-        yield path or "(the batch itself)", node
-
-
-def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
-    """Checks that every leaf of a batch can be cut into equal microbatches.
-
-    Args:
-        batch: Arrays `[global_batch_size, ...]` in a dict, nested or not.
-        num_microbatches: The number of equal runs of rows to cut it into.
-        where: What the batch is, for the message, such as `"train batch of step 3"`.
-
-    Returns:
-        The global batch size.
-
-    Raises:
-        DataError: Naming every leaf whose leading size is not that of the others, or
-            the microbatch counts next to one that does not divide.
-
-    Example:
-        >>> check_batch({"x": np.ones((6, 2))}, num_microbatches=3, where="batch")
-        6
-    """
-    _check_sizes(where, num_microbatches=num_microbatches)
-    shapes = {
-        path: tuple(getattr(leaf, "shape", ())) for path, leaf in _iterate_leaves(batch)
-    }
-    sizes = Counter(shape[0] for shape in shapes.values() if shape)
-    if not sizes:
-        raise DataError(
-            f"{where}: expected a dict of arrays with a leading batch dim, found "
-            f"{len(shapes)} leaves, none of them with one. Return arrays of examples."
-        )
-    size = sizes.most_common(1)[0][0]
-    bad = {path: shape for path, shape in shapes.items() if shape[:1] != (size,)}
-    if bad:
-        raise DataError(
-            f"{where}: {len(bad)} of {len(shapes)} leaves differ in their leading dim:"
-            + "".join(
-                f"\n  {path}: expected {size} rows, found "
-                + (f"{shape[0]} (shape {shape})" if shape else "none (no leading dim)")
-                for path, shape in bad.items()
-            )
-            + "\nGive every leaf one row per example, repeating constants if need be."
-        )
-    if size == 0 or size % num_microbatches:
-        raise DataError(
-            _explain_indivisible(where, list(shapes), size, num_microbatches)
-        )
-    return size
-
-
-def _explain_indivisible(
-    where: str, paths: list[str], size: int, num_microbatches: int
-) -> str:
-    if size == 0:
-        return f"{where}: expected rows, found none in {', '.join(paths)}. Add some."
-    divisors = [count for count in range(1, size + 1) if size % count == 0]
-    below = [count for count in divisors if count < num_microbatches][-1:]
-    above = [count for count in divisors if count > num_microbatches][:1]
-    counts = " or ".join(map(str, below + above))
-    rows = num_microbatches * max(1, size // num_microbatches)
-    return (
-        f"{where}: expected a leading dim that {num_microbatches} microbatches divide, "
-        f"found {size} rows in {', '.join(paths)}. Set num_microbatches to {counts}, "
-        f"or the global batch size to a multiple of {num_microbatches} such as {rows}."
-    )

@@ -3,7 +3,9 @@
 Owns the one definition of "the same bits": per leaf, four sums modulo 2³² of a mix
 of (logical index, bits). For a given index the mix is a bijection of the bits, so a
 change of any single element changes all four sums; sums do not depend on order, so
-every device adds what it holds. Padding is not part of it.
+every device adds what it holds. Padding is not part of it. An element wider than 32
+bits is several 32-bit words with an index each, as if they were a last dim: a change
+of one of them changes all four sums, a change of more could cancel in theory alone.
 """
 
 import hashlib

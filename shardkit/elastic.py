@@ -8,23 +8,23 @@ make, and when, is the trainer's business.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from threading import Thread
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from shardkit.errors import CertificateError, MembershipError
+from shardkit.errors import CertificateError, MembershipError, MeshError
 from shardkit.events import EventLog
 from shardkit.membership import Change, Membership
-from shardkit.mesh import MeshSpec, device_ids, mesh_sizes
+from shardkit.mesh import BATCH_AXES, MeshSpec, device_ids, mesh_sizes
 from shardkit.placement import Placement
 from shardkit.recipe import Recipe
 from shardkit.reshard import reshard
 from shardkit.state import TrainState
+from shardkit.waits import Waiter
 
-__all__ = ["Placements", "Transition", "ask", "choose_devices", "wait_for"]
+__all__ = ["Placements", "Transition", "ask", "choose_devices"]
 
 
 def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
@@ -58,9 +58,15 @@ class Placements:
         pool: All devices there are.
         batch: The global batch, abstractly.
         events: Where compilations and decisions are recorded.
+        wait: What compiles.
+
+    Attributes:
+        recipe: What is computed.
+        pool: All devices there are.
 
     Raises:
         MeshError: If the mesh cannot be built even on the whole pool.
+        PartitionError, InexactError: If a loss cannot be used.
     """
 
     def __init__(
@@ -71,22 +77,38 @@ class Placements:
         pool: Sequence[Any],
         batch: Any,
         events: EventLog,
+        wait: Waiter,
     ) -> None:
         # A mesh that fits on no devices should fail before anything runs.
-        spec.sizes(len(pool))
-        self._recipe, self._layout, self._spec = recipe, layout, spec
-        self._pool, self._batch, self._events = pool, batch, events
+        sizes = spec.sizes(len(pool))
+        unused = {axis: n for axis, n in sizes.items() if axis not in BATCH_AXES}
+        if any(n > 1 for n in unused.values()):
+            raise MeshError(
+                f"{spec}: a trainer uses {' and '.join(BATCH_AXES)} only, so the other "
+                f"axes must be 1, found {unused}"
+            )
+        self.recipe, self.pool = recipe, list(pool)
+        self._layout, self._spec = layout, spec
+        self._batch, self._events, self._wait = batch, events, wait
+        params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
+        self._outputs = recipe.output_structure(params, batch)
         self._known: dict[Any, Placement] = {}
 
     def on(self, num_devices: int) -> Placement:
         """Returns the placement on `num_devices` devices of the pool."""
-        mesh = self._spec.build(choose_devices(self._pool, num_devices))
+        mesh = self._spec.build(choose_devices(self.pool, num_devices))
         key = (device_ids(mesh), tuple(mesh.shape.items()))
         if key not in self._known:
             for note in self._spec.decisions(num_devices):
                 self._events.emit("notice", message=f"mesh: {note}")
             self._known[key] = Placement(
-                self._recipe, self._layout, mesh, self._batch, self._events
+                self.recipe,
+                self._layout,
+                mesh,
+                self._batch,
+                self._outputs,
+                self._events,
+                self._wait,
             )
         return self._known[key]
 
@@ -115,28 +137,6 @@ def ask(
     except MembershipError as error:
         events.emit("notice", message=f"no change of devices: {error}")
         return Change()
-
-
-def wait_for(work: Callable[[], Any], interrupted: Callable[[], None]) -> Any:
-    """Runs `work` in a thread, so that a signal is seen while it goes on.
-
-    Args:
-        work: What may take long without returning to Python, such as compiling.
-        interrupted: Called now and then; raises to give up the wait.
-    """
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # Not a daemon: an interpreter that ends while XLA compiles would crash.
-    Thread(target=run).start()
-    while not wait([future], timeout=0.1).done:
-        interrupted()
-    return future.result()
 
 
 class Transition:

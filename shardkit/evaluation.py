@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from shardkit.batch import check_batch
 from shardkit.errors import ConfigError
 from shardkit.placement import Placement
 from shardkit.state import TrainState
@@ -57,11 +58,13 @@ def evaluate(
         The loss and the metrics, each Σ / Σ weight over the set.
     """
     params = state.params if state.ema is None else state.ema
+    num = placement.recipe.num_microbatches
     totals: dict[str, float] = {}
     for index in range(config.num_batches):
         interrupted()
-        slots = placement.place_batch(config.data(index))
-        for name, value in placement.evaluate(params, slots, step).items():
+        batch = config.data(index)
+        check_batch(batch, num_microbatches=num, where=f"eval data({index})")
+        for name, value in placement.evaluate(params, batch, step, index).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     weight = totals.pop("weight")
     return {name: total / weight for name, total in totals.items()}

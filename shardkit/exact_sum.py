@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from shardkit.errors import ConfigError
 from shardkit.shards import pad_dim
 
 __all__ = [
@@ -43,6 +44,9 @@ _MIN_EXPONENT, _MAX_EXPONENT = -60, 120
 INITIAL_EXPONENT = _MIN_EXPONENT
 """A grid that any real gradient outgrows, so that the first step finds its own."""
 _MARGIN_BITS = 8
+# The most for which an addend as large as the last step's peak, whose grid has the
+# whole margin above it, still keeps 25 bits: a float32's, and one to round.
+_MAX_ADDENDS = 1 << 14
 
 
 def _identity(x: Array) -> Array:
@@ -232,6 +236,11 @@ class Accumulator:
     Attributes:
         num_addends: How many arrays are added at most, over all devices.
 
+    Raises:
+        ConfigError: For more than 16384 addends. With so many, what `next_exponent`
+            leaves free above a peak and 25 bits below it still fit in the grid; with
+            more, a sum would keep less than float32 addends have.
+
     Example:
         >>> sums = Accumulator(num_addends=4)
         >>> limbs = sums.zeros((2,))
@@ -242,6 +251,14 @@ class Accumulator:
     """
 
     num_addends: int
+
+    def __post_init__(self):
+        if self.num_addends > _MAX_ADDENDS:
+            raise ConfigError(
+                f"num_microbatches: expected at most {_MAX_ADDENDS}, as exact sums of "
+                f"more would keep fewer bits than float32, found {self.num_addends}. "
+                "Make the microbatches larger, or use consistency = 'fast'."
+            )
 
     @property
     def _bits(self) -> tuple[int, int]:

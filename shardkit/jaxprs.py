@@ -1,15 +1,15 @@
 """Jaxprs as flat lists of equations.
 
 Owns the unwrapping of functions within functions, so that an interpreter sees one
-list and can choose its order. It interprets nothing.
+list and can choose its order, and a search misses nothing. It interprets nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
 
-__all__ = ["Step", "flatten", "primitive_names", "results"]
+__all__ = ["Step", "equations", "flatten", "results"]
 
 _WRAPPERS = frozenset(
     """checkpoint closed_call core_call custom_jvp_call custom_vjp_call
@@ -87,14 +87,11 @@ def inner_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return None
 
 
-def primitive_names(eqn: core.JaxprEqn) -> set[str]:
-    """Names the primitive of an equation, and those of all functions within it."""
-    names, waiting = set(), [eqn]
-    while waiting:
-        eqn = waiting.pop()
-        names.add(eqn.primitive.name)
+def equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
+    """Yields every equation of a jaxpr, open or closed, and of all within it."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
         for value in eqn.params.values():
-            for body in value if isinstance(value, tuple | list) else [value]:
-                body = getattr(body, "jaxpr", body)
-                waiting.extend(getattr(body, "eqns", ()))
-    return names
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from equations(inner)

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend import core, source_info_util
+from jax.extend import core
 
-from shardkit.errors import InexactError
 from shardkit.exact_sum import exact_sums
-from shardkit.jaxprs import Step, flatten, primitive_names, results
+from shardkit.inexact import check_operations
+from shardkit.jaxprs import Step, flatten, results
 from shardkit.layout import LeafLayout
 from shardkit.local_rules import RULES, Shard, dim_after_reduction
 from shardkit.rounding import not_broadcast, unfused
@@ -41,12 +41,6 @@ _APPROXIMATED = frozenset(
     exp exp2 expm1 lgamma log log1p logistic pow sin sinh tan tanh""".split()
 )
 _PRODUCTS = frozenset(["mul", "integer_pow", "square"])
-_REFUSED = {
-    "rng_bit_generator": "its bits depend on the sharding; use threefry keys",
-    "rng_uniform": "its bits depend on the sharding; use threefry keys",
-    "pure_callback": "the host code behind it cannot be shown to be exact",
-    "io_callback": "the host code behind it cannot be shown to be exact",
-}
 
 
 class Localizer:
@@ -91,6 +85,8 @@ class Localizer:
             InexactError: Where an operation cannot be made exact.
         """
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
+        if self.shards.exact:
+            check_operations(closed, "the update")
         values = [
             Shard(x) if dim < 0 else Shard(x, dim, shape.shape[dim])
             for x, dim, shape in zip(
@@ -144,13 +140,6 @@ class Localizer:
     def _apply(self, eqn: Any, args: list[Shard]) -> list[Shard]:
         """Carries out one equation."""
         name = eqn.primitive.name
-        refused = ", ".join(sorted(primitive_names(eqn) & _REFUSED.keys()))
-        if self.shards.exact and refused:
-            raise InexactError(
-                f"{refused} (in {source_info_util.summarize(eqn.source_info)}) "
-                f"cannot be made exact: {_REFUSED[refused.split(', ')[0]]}; or run "
-                "with consistency='fast'."
-            )
         if name in _APPROXIMATED and self.shards.exact:
             return self._gather_and_bind(eqn, args)
         if all(arg.dim is None for arg in args):
@@ -235,12 +224,12 @@ class Localizer:
             if not batch:
                 continue
             addends = [(array, dims) for _, _, array, dims in batch]
-            psum = shards.psum if across else _identity
             if shards.exact:
-                pmax = shards.pmax if across else _identity
-                totals = exact_sums(addends, pmax=pmax, psum=psum)
+                over = {"pmax": shards.pmax, "psum": shards.psum} if across else {}
+                totals = exact_sums(addends, **over)
             else:
-                totals = [psum(jnp.sum(a, axis=tuple(dims))) for a, dims in addends]
+                totals = [jnp.sum(a, axis=tuple(dims)) for a, dims in addends]
+                totals = [shards.psum(t) for t in totals] if across else totals
             for (target, x, array, dims), total in zip(batch, totals, strict=True):
                 total = total.astype(array.dtype)
                 cut = not across and x.dim is not None
@@ -283,10 +272,6 @@ class Localizer:
         return [
             Shard(out, dim, size) for out, (dim, size) in zip(outs, wanted, strict=True)
         ]
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 def _is_float_sum(eqn: Any) -> bool:

@@ -116,7 +116,9 @@ def leaf_axes(
 
     Args:
         tree: Annotated by `axes`, by NNX metadata, or not at all.
-        path_rules: Glob over the leaf's path → names, for what carries none.
+        path_rules: Glob over the leaf's path → names, for what carries none; the
+            first that fits. `*` stands for any text, `/` in it or not, and `**/` for
+            any number of parents, 0 too.
 
     Returns:
         One entry per array; None where nothing is known.
@@ -157,9 +159,18 @@ def _match(
     path: str, path_rules: Mapping[str, tuple[str | None, ...]]
 ) -> tuple[str | None, ...] | None:
     for pattern, names in path_rules.items():
-        if fnmatch.fnmatchcase(path, pattern):
+        if any(fnmatch.fnmatchcase(path, glob) for glob in _spellings(pattern)):
             return names
     return None
+
+
+def _spellings(pattern: str) -> list[str]:
+    """Spells a glob out for `fnmatch`, to which `**/` is never nothing."""
+    head, found, tail = f"/{pattern}".partition("/**/")
+    if not found:
+        return [pattern]
+    between = ("/**/", "/")
+    return [f"{head}{text}{rest}"[1:] for rest in _spellings(tail) for text in between]
 
 
 def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> list[str]:

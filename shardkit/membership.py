@@ -8,6 +8,7 @@ handlers stand only while a run goes on, and only if `signals()` was asked for.
 import dataclasses
 import json
 import signal
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,24 +168,46 @@ class _WatchedFile(_Silent):
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._seen: tuple[int, int] | None = None
+        self._told: str | None = None
 
     def poll(self, step: int, num_devices: int) -> Change | None:
         try:
-            stat = self._path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size)
-            if stamp == self._seen:
-                return None
-            text = self._path.read_text(encoding="utf-8", errors="replace")
+            text = self._read()
         except FileNotFoundError:
+            text = None
+        except (OSError, ValueError) as error:
+            trouble = getattr(error, "strerror", None) or str(error)
+            if trouble == self._told:
+                return None
+            self._told = trouble
+            raise MembershipError(
+                f"{self._path}: expected a file that can be read, or none, found: "
+                f"{trouble}. Put a file there, or watch another path."
+            ) from None
+        self._told = None
+        return None if text is None else self._parse(text)
+
+    def _read(self) -> str | None:
+        """Reads what was written since the last time; None if nothing was."""
+        status = self._path.stat()
+        # Anything else may have no end, or wait for someone to write.
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        stamp = (status.st_mtime_ns, status.st_size)
+        if stamp == self._seen:
             return None
+        text = self._path.read_text(encoding="utf-8", errors="replace")
         self._seen = stamp
+        return text
+
+    def _parse(self, text: str) -> Change:
         try:
             request = json.loads(text)
             count, lost = request["num_devices"], request.get("lost", False)
             known = not set(request) - {"num_devices", "lost"}
             if not (known and type(count) is int and type(lost) is bool):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise MembershipError(
                 f'{self._path}: expected {{"num_devices": N}}, or with "lost": true '
                 f"too, found {text[:80]!r}. "
@@ -250,7 +273,8 @@ def signals() -> Membership:
 def watch_file(path: str | Path) -> Membership:
     """Follows a JSON file: `{"num_devices": 6}`, or with `"lost": true`.
 
-    A file that is not there asks for nothing.
+    A file that is not there asks for nothing. What cannot be read or understood is
+    told once, as a notice, and the run goes on.
     """
     return _WatchedFile(path)
 

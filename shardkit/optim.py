@@ -18,15 +18,20 @@ from shardkit.config import OptimizerSection
 
 __all__ = ["build_optimizer", "build_schedule"]
 
+_STACKED = "layers"
 
-def build_optimizer(section: OptimizerSection) -> Any:
+
+def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
     """Builds clipping, the optimizer, its schedule and its weight decay.
 
     Args:
         section: The `[optimizer]` table.
+        params: What the model's `init` returns, abstract or not, with its logical
+            axes: a dim named `layers` stacks layers and makes no matrix of a vector.
+            None is a model without such dims.
 
     Returns:
-        An `optax.GradientTransformation`.
+        An `optax.GradientTransformation`, for those parameters if they were given.
 
     >>> tx = build_optimizer(OptimizerSection(name="lion", learning_rate=1e-4))
     >>> sorted(tx._asdict())
@@ -34,7 +39,7 @@ def build_optimizer(section: OptimizerSection) -> Any:
     """
     import optax
 
-    mask = _matrices if section.decay_mask == "matrices" else None
+    mask = _matrices(params) if section.decay_mask == "matrices" else None
     rate = build_schedule(section)
     moments = {
         name: getattr(section, name)
@@ -96,7 +101,21 @@ def build_schedule(section: OptimizerSection) -> Callable[[Any], Any]:
     return optax.join_schedules([rise, course], [warmup])
 
 
-def _matrices(params: Any) -> Any:
+def _matrices(annotated: Any) -> Callable[[Any], Any]:
+    """Returns the mask of the leaves that have two dims within a layer."""
     import jax
 
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    from shardkit.logical_axes import leaf_axes
+
+    # Optax shows a mask the bare parameters, so the names are read beforehand.
+    names = None if annotated is None else leaf_axes(annotated)
+
+    def mask(params: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(params)
+        known = [None] * len(leaves) if names is None else names
+        return treedef.unflatten(
+            leaf.ndim - (axes or ()).count(_STACKED) >= 2
+            for leaf, axes in zip(leaves, known, strict=True)
+        )
+
+    return mask

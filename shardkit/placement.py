@@ -21,7 +21,7 @@ from shardkit.collectives import gather_pieces
 from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
 from shardkit.gradient import MicrobatchLoop
-from shardkit.keys import root_key
+from shardkit.keys import root_key, stream
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES
@@ -30,6 +30,7 @@ from shardkit.program import Program
 from shardkit.recipe import Recipe
 from shardkit.rounding import opaque_zero
 from shardkit.state import TrainState
+from shardkit.waits import Waiter
 
 __all__ = ["Placement", "put"]
 
@@ -42,12 +43,22 @@ class Placement:
         layout: A `TrainState` of `LeafLayout`.
         mesh: Where.
         batch: The global batch, abstractly.
+        outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
+        wait: What compiles.
     """
 
     def __init__(
-        self, recipe: Recipe, layout: Any, mesh: Mesh, batch: Any, events: EventLog
+        self,
+        recipe: Recipe,
+        layout: Any,
+        mesh: Mesh,
+        batch: Any,
+        outputs: tuple[Any, Any],
+        events: EventLog,
+        wait: Waiter,
     ) -> None:
+        self._wait = wait
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         self.grid = Grid(
             recipe.num_microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
@@ -56,12 +67,7 @@ class Placement:
         self._dims = jax.tree.map(lambda leaf: leaf.dim, layout)
         self._abstract = jax.tree.map(lambda leaf: leaf.abstract, layout)
         self._slots = jax.tree.map(self._abstract_slots, batch)
-        microbatch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self._slots
-        )
-        self._output, self._eval_output = recipe.output_structure(
-            self._abstract.params, microbatch
-        )
+        self._output, self._eval_output = outputs
         make = functools.partial(Program, exact=recipe.exact, events=events)
         state_specs = jax.tree.map(lambda leaf: leaf.spec, layout)
         whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
@@ -76,7 +82,9 @@ class Placement:
             ),
             "evaluate": make(
                 self._spmd(
-                    self._evaluate, (state_specs.params, slots, whole, whole), whole
+                    self._evaluate,
+                    (state_specs.params, slots, whole, whole, whole),
+                    whole,
                 ),
                 name="evaluate",
             ),
@@ -93,7 +101,7 @@ class Placement:
 
     def init(self) -> TrainState:
         """Computes the state before step 0."""
-        return self.programs["init"](self.root)
+        return self._call(self.programs["init"], self.root)
 
     @property
     def is_compiled(self) -> bool:
@@ -103,7 +111,15 @@ class Placement:
     def compile(self) -> None:
         """Compiles the step; it may take minutes, and touches no state."""
         state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
-        self.executable = self.programs["step"].compile(state, self._slots, self.root)
+        step = self.programs["step"]
+        self.executable = self._wait(
+            lambda: step.compile(state, self._slots, self.root)
+        )
+
+    def compile_digests(self) -> None:
+        """Compiles what `digest` needs, which then waits for nothing."""
+        for leaf in jax.tree.leaves(self.layout):
+            self._ready(self._digester(leaf), leaf.physical(self.mesh))
 
     def step(
         self, state: TrainState, batch: Any
@@ -128,17 +144,39 @@ class Placement:
             self.not_donated = [leaf.path for leaf, x in leaves if not x.is_deleted()]
         return out
 
-    def evaluate(self, params: Any, slots: Any, step: int) -> dict[str, Array]:
-        """Computes loss, weight and metric sums of one batch, without a gradient."""
-        step_array = put(np.int32(step), NamedSharding(self.mesh, PartitionSpec()))
-        return self.programs["evaluate"](params, slots, self.root, step_array)
+    def evaluate(
+        self, params: Any, batch: Any, step: int, index: int
+    ) -> dict[str, Array]:
+        """Computes loss, weight and metric sums of one batch, without a gradient.
+
+        Args:
+            params: On this mesh.
+            batch: A global batch, in host memory.
+            step: The step, and …
+            index: … the number of the batch, for the keys of a loss that draws.
+        """
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        numbers = [put(np.int32(number), whole) for number in (step, index)]
+        slots = self.place_batch(batch)
+        return self._call(self.programs["evaluate"], params, slots, self.root, *numbers)
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
         leaves = zip(jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True)
         # Each is waited for: programs with collectives that do not depend on one
         # another can hold all threads of the CPU backend, each waiting for its rest.
-        return {leaf.path: np.asarray(self._digester(leaf)(x)) for leaf, x in leaves}
+        return {
+            leaf.path: np.asarray(self._call(self._digester(leaf), x))
+            for leaf, x in leaves
+        }
+
+    def _ready(self, program: Program, *args: Any) -> Any:
+        """Returns an executable, compiling so that a signal is heard."""
+        found = program.find(*args)
+        return found or self._wait(lambda: program.compile(*args))
+
+    def _call(self, program: Program, *args: Any) -> Any:
+        return self._ready(program, *args)(*args)
 
     def _digester(self, leaf: LeafLayout) -> Program:
         """Returns the program for leaves of one shape; a state has few shapes."""
@@ -240,8 +278,9 @@ class Placement:
         }
 
     def _evaluate(
-        self, params: Any, slots: Any, root: PRNGKeyArray, step: Array
+        self, params: Any, slots: Any, root: PRNGKeyArray, step: Array, index: Array
     ) -> dict[str, Array]:
+        root = jax.random.fold_in(stream(root, "evaluation"), index)
         loss = self.recipe.eval_loss or self.recipe.loss
         out = self._loop(loss, self._eval_output).evaluate(
             self._gather(params), slots, root, step

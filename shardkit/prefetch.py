@@ -8,10 +8,12 @@ the results are.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from shardkit.errors import DataError
+from shardkit.waits import POLL_S
 
 __all__ = ["Prefetcher"]
 
@@ -55,13 +57,56 @@ class Prefetcher(Generic[T]):
         self._results: list[tuple[T | None, BaseException | None]] = []
         self._num_seeks = 0
 
-    def get(self, step: int, *, timeout_s: float = 600.0) -> T:
+    def get(
+        self,
+        step: int,
+        *,
+        timeout_s: float = 600.0,
+        interrupted: Callable[[], None] = lambda: None,
+    ) -> T:
         """Returns `fn(step)`, waiting for it if need be, or raises what it raised.
+
+        Args:
+            step: Which.
+            timeout_s: How long to wait.
+            interrupted: Called now and then while waiting; raises to give up.
 
         Raises:
             DataError: If nothing came within `timeout_s`, or the prefetcher is closed.
                 After a timeout the same step can be asked for again.
         """
+        deadline_s = time.monotonic() + timeout_s
+        self._seek(step)
+        while True:
+            left_s = deadline_s - time.monotonic()
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._results or self._closed, min(POLL_S, max(left_s, 0))
+                )
+                if self._closed:
+                    raise DataError(
+                        f"Prefetcher: step {step} was asked for, but the prefetcher is "
+                        "closed. Make a new one to go on."
+                    )
+                if self._results:
+                    value, error = self._results.pop(0)
+                    self._expected = step + 1
+                    self._changed.notify_all()
+                    break
+            if left_s <= 0:
+                raise DataError(
+                    f"Prefetcher: the batch of step {step} is missing: expected within "
+                    f"{timeout_s:g} s, found nothing yet. See what its function waits "
+                    "for (a slow or lost file system?), or raise timeout_s."
+                )
+            interrupted()
+        if error is not None:
+            # A second attempt is then a seek, and calls fn anew.
+            raise error
+        return value  # pyright: ignore[reportReturnType]
+
+    def _seek(self, step: int) -> None:
+        """Makes `step` the next result, and sees that the thread runs."""
         with self._changed:
             if step != self._expected:
                 self._expected = step
@@ -73,27 +118,6 @@ class Prefetcher(Generic[T]):
                     target=self._work, name="shardkit-prefetch", daemon=True
                 )
                 self._thread.start()
-            ready = self._changed.wait_for(
-                lambda: self._results or self._closed, timeout_s
-            )
-            if self._closed:
-                raise DataError(
-                    f"Prefetcher: step {step} was asked for, but the prefetcher is "
-                    "closed. Make a new one to go on."
-                )
-            if not ready:
-                raise DataError(
-                    f"Prefetcher: the batch of step {step} is missing: expected within "
-                    f"{timeout_s:g} s, found nothing yet. See what its function waits "
-                    "for (a slow or lost file system?), or raise timeout_s."
-                )
-            value, error = self._results.pop(0)
-            self._expected = step + 1
-            self._changed.notify_all()
-        if error is not None:
-            # A second attempt is then a seek, and calls fn anew.
-            raise error
-        return value  # pyright: ignore[reportReturnType]
 
     def close(self, *, timeout_s: float = 5.0):
         """Discards the results and ends the thread; a second call does nothing.

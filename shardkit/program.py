@@ -20,15 +20,17 @@ import jax
 import jax.numpy as jnp
 from jaxlib.mlir import passmanager
 
-from shardkit.atomics import check_atomics
 from shardkit.events import EventLog
+from shardkit.inexact import check_atomics
 
 __all__ = ["Program", "remove_duplicates"]
 
-# Whether a matrix product becomes a Triton kernel is decided by timing it together
-# with what is fused around it, so another device count can get another kernel. The
-# library's kernels are chosen by the product alone, and the choice is kept.
-_EXACT_OPTIONS: dict[str, Any] = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+# Kernels are else chosen by timing them, so that another process, or a product that
+# another device count fuses otherwise, can get other kernels and bits. Without, the
+# library chooses by the shape of the product. Triton's kernels need the timing.
+_EXACT_OPTIONS: dict[str, Any] = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+}
 
 
 def remove_duplicates(lowered: jax.stages.Lowered) -> None:
@@ -82,6 +84,10 @@ class Program:
 
         counted.__name__ = counted.__qualname__ = name
         self._jitted = jax.jit(counted, donate_argnums=donate_argnums)
+
+    def find(self, *args: Any) -> jax.stages.Compiled | None:
+        """Returns the executable for arguments placed like `args`, if there is one."""
+        return self._executables.get(_placement_key(args))
 
     def compile(self, *args: Any) -> jax.stages.Compiled:
         """Returns the executable for arguments placed like `args`.

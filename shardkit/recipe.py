@@ -15,12 +15,13 @@ import optax
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from shardkit.errors import PartitionError
+from shardkit.errors import InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT
+from shardkit.inexact import check_operations
 from shardkit.keys import stream
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
-from shardkit.model import as_loss_output
+from shardkit.model import LossOutput, as_loss_output
 from shardkit.shards import Shards
 from shardkit.state import TrainState, make_layout
 from shardkit.tree import format_table, named_leaves
@@ -30,6 +31,8 @@ __all__ = ["LossScale", "Recipe"]
 _MAX_ROUNDS = 8
 # Zero gradients are finite at any scale, which must not grow until nothing else is.
 _MAX_SCALE = 2.0**60
+# Metrics that every step has.
+_TAKEN = {"loss", "weight", "grad_norm", "gradient_passes"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,47 +219,67 @@ class Recipe:
         jax.eval_shape(trace, *shapes)
         return found
 
-    def output_structure(self, params: Any, microbatch: Any) -> tuple[Any, Any]:
+    def output_structure(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """Returns the structure of what `loss` and `eval_loss` return.
 
         Args:
             params: Abstract parameters.
-            microbatch: An abstract microbatch.
+            batch: An abstract global batch.
 
         Raises:
             PartitionError: If a loss returns anything but scalars, or a metric whose
                 name is taken.
+            InexactError: If a loss cannot keep its bits.
         """
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        structures = []
-        for name, loss in (("loss", self.loss), ("eval_loss", self.eval_loss)):
-            if loss is None:
-                structures.append(structures[0])
-                continue
-            out = jax.eval_shape(
-                lambda *args, loss=loss: as_loss_output(loss(*args)),
-                params,
-                microbatch,
-                key,
+        microbatch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (x.shape[0] // self.num_microbatches, *x.shape[1:]),
+                jax.dtypes.canonicalize_dtype(x.dtype),
+            ),
+            batch,
+        )
+        train = self._loss_structure("loss", self.loss, params, microbatch)
+        if self.eval_loss is None:
+            return train, train
+        return train, self._loss_structure(
+            "eval_loss", self.eval_loss, params, microbatch
+        )
+
+    def _loss_structure(
+        self, name: str, loss: Callable[..., Any], params: Any, microbatch: Any
+    ) -> Any:
+        args = params, microbatch, jax.eval_shape(lambda: jax.random.key(0))
+
+        def output(*args: Any) -> LossOutput:
+            return as_loss_output(loss(*args))
+
+        try:
+            out = jax.eval_shape(output, *args)
+        except NameError as error:
+            if "axis name" not in str(error):
+                raise
+            raise InexactError(
+                f"{name} asks for a mesh axis ({error}), but sees one microbatch and "
+                "no mesh: a sum over devices is taken of what it returns, and a key or "
+                "a value that depends on the device could not stay the same."
+            ) from error
+        bad = [(path, str(x.shape)) for path, x in named_leaves(out) if x.shape]
+        if bad:
+            raise PartitionError(
+                f"{name} must return scalars (sums over its microbatch), found\n"
+                + format_table(bad)
             )
-            bad = [(path, str(x.shape)) for path, x in named_leaves(out) if x.shape]
-            if bad:
-                raise PartitionError(
-                    f"{name} must return scalars (sums over its microbatch), found\n"
-                    + format_table(bad)
-                )
-            taken = {
-                "loss",
-                "weight",
-                "grad_norm",
-                "gradient_passes",
-            } & out.metrics.keys()
-            if taken:
-                raise PartitionError(
-                    f"{name}: the metrics {sorted(taken)} exist already; rename yours"
-                )
-            structures.append(jax.tree.structure(out))
-        return structures[0], structures[1]
+        taken = _TAKEN & out.metrics.keys()
+        if taken:
+            raise PartitionError(
+                f"{name}: the metrics {sorted(taken)} exist already; rename yours"
+            )
+        if self.exact:
+            # The gradient's own rules, which may do other things, are searched too.
+            gradient = jax.grad(lambda *args: output(*args).loss_sum)
+            traced = output if name == "eval_loss" else gradient
+            check_operations(jax.make_jaxpr(traced)(*args), name)
+        return jax.tree.structure(out)
 
 
 def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:

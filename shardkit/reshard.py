@@ -59,7 +59,10 @@ def reshard(
     layouts: list[LeafLayout] = jax.tree.leaves(layout)
     plans = [plan_pieces(leaf, old, new, lost) for leaf in layouts]
     missing = [
-        leaf.path for leaf, plan in zip(layouts, plans, strict=True) if plan is None
+        leaf.path
+        for array, leaf, plan in zip(leaves, layouts, plans, strict=True)
+        # Over several processes all shards travel, so none may be missing.
+        if plan is None or (lost and not array.is_fully_addressable)
     ]
     if missing:
         raise LostStateError(
@@ -91,7 +94,7 @@ def _move(
     shards = {shard.device: shard.data for shard in array.addressable_shards}
     shape = leaf.physical_shape(new.shape[SHARD_AXIS])
     row_bytes = array.nbytes if leaf.dim < 0 else array.nbytes // array.shape[leaf.dim]
-    held, out, num_bytes = _held_intervals(leaf, old), [], 0
+    held, out, num_bytes = _starts(leaf, old), [], 0
     for target, pieces in plan.items():
         for piece in pieces:
             if piece.source != target:
@@ -107,7 +110,7 @@ def _move(
     return jax.make_array_from_single_device_arrays(shape, sharding, out), num_bytes
 
 
-def _held_intervals(leaf: LeafLayout, mesh: Mesh) -> dict[Any, int]:
+def _starts(leaf: LeafLayout, mesh: Mesh) -> dict[Any, int]:
     """Where the piece that each device holds begins."""
     if leaf.dim < 0:
         return {}

@@ -1,7 +1,7 @@
 """Pieces of an array along one mesh axis, as seen from inside `shard_map`.
 
-Owns the cutting rule: a dim is cut into equal pieces, the last ones padded
-where the count does not divide it; what the padding holds is undefined. Invariant:
+Owns the cutting rule: a dim is cut into equal pieces, the last ones padded where the
+count does not divide it; what the padding of a piece holds is undefined. Invariant:
 joining the pieces and dropping the padding gives back the array. It decides neither
 which dim is cut nor on what mesh.
 """
@@ -33,21 +33,31 @@ class Shards:
         """Returns the physical size of one piece of a dim of `size`."""
         return -(-size // self.count)
 
-    def gather(self, x: Array, dim: int, size: int) -> Array:
-        """Joins the pieces of `dim` and drops the padding."""
-        if self.axis is not None:
-            x = lax.all_gather(x, self.axis, axis=dim, tiled=True)
+    def split(self, x: Array, dim: int) -> Array:
+        """Cuts a dim into equal zero-padded pieces, listed in a new first dim."""
+        piece = self.piece(x.shape[dim])
+        x = pad_dim(x, dim, piece * self.count)
+        x = x.reshape(*x.shape[:dim], self.count, piece, *x.shape[dim + 1 :])
+        return jnp.moveaxis(x, dim, 0)
+
+    def join(self, pieces: Array, dim: int, size: int) -> Array:
+        """Undoes `split`, dropping the padding of a dim of `size`."""
+        x = jnp.moveaxis(pieces, 0, dim)
+        x = x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
         return lax.slice_in_dim(x, 0, size, axis=dim)
 
+    def all_gather(self, x: Array) -> Array:
+        """Lists what every shard holds in a new first dim."""
+        return x[None] if self.axis is None else lax.all_gather(x, self.axis)
+
+    def gather(self, x: Array, dim: int, size: int) -> Array:
+        """Joins the pieces of `dim` that the shards hold."""
+        return self.join(self.all_gather(x), dim, size)
+
     def cut(self, x: Array, dim: int) -> Array:
-        """Takes this device's piece of a whole array, zero-padded."""
-        size = x.shape[dim]
-        piece = self.piece(size)
-        x = pad_dim(x, dim, piece * self.count)
-        if self.axis is None:
-            return x
-        start = lax.axis_index(self.axis) * piece
-        return lax.dynamic_slice_in_dim(x, start, piece, axis=dim)
+        """Takes this device's piece of a whole array."""
+        index = 0 if self.axis is None else lax.axis_index(self.axis)
+        return lax.dynamic_index_in_dim(self.split(x, dim), index, keepdims=False)
 
     def mask(self, x: Array, dim: int, size: int, fill: Any) -> Array:
         """Overwrites the padding of a piece with `fill`."""

@@ -1,8 +1,7 @@
 """The training loop that survives changes of its devices.
 
-Owns `Trainer`: when to step, to reconfigure, to evaluate, to save and to stop. It
-computes nothing itself. Invariant: the state, the data cursor and the step are one;
-whatever happens, the run goes on at the step where the state stands.
+Owns `Trainer`: what a user gives and gets, and when to step, to reconfigure, to
+evaluate, to save and to stop. The state itself is the controller's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,28 +9,21 @@ from typing import Any
 
 import jax
 import optax
-from jax import Array
 
+from shardkit.batch import check_alike, check_batch
 from shardkit.checkpoint import CheckpointConfig, Checkpoints
-from shardkit.data import check_batch
-from shardkit.digest import combine_digests
-from shardkit.elastic import Placements, Transition, ask, wait_for
-from shardkit.errors import (
-    ConfigError,
-    LostStateError,
-    MembershipError,
-    Preempted,
-)
+from shardkit.controller import Controller
+from shardkit.elastic import Placements, ask
+from shardkit.errors import ConfigError, MembershipError
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
 from shardkit.logical_axes import AxisRules
-from shardkit.membership import Change, Membership, scripted
-from shardkit.mesh import MeshSpec, device_ids
+from shardkit.membership import Membership, scripted
+from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
-from shardkit.placement import Placement
-from shardkit.prefetch import Prefetcher
 from shardkit.recipe import LossScale, Recipe
 from shardkit.state import TrainState
+from shardkit.waits import Waiter
 
 __all__ = ["Trainer"]
 
@@ -126,49 +118,51 @@ class Trainer:
             ema=ema,
             loss_scale=loss_scale,
         )
-        self._certify = certify if consistency == "exact" else "off"
-        self._continue_uncertified = on_failed_certificate == "continue"
-        self._eval = eval
-        known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
-        self._manifest = {**known, **(manifest or {})}
-        self._layout, warnings = self._recipe.layout(
+        self._eval, self._checkpoint = eval, checkpoint
+        layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
         for warning in warnings:
             self.events.emit("notice", message=warning)
-        self._pool = list(jax.devices() if devices is None else devices)
-        batch = data(0)
-        check_batch(batch, num_microbatches=num_microbatches, where="data(0)")
-        self._placements = Placements(
-            self._recipe,
-            self._layout,
-            mesh or MeshSpec(),
-            self._pool,
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch),
-            self.events,
+        pool = list(jax.devices() if devices is None else devices)
+        first = data(0)
+        check_batch(first, num_microbatches=num_microbatches, where="data(0)")
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
+
+        def checked(step: int) -> Any:
+            batch = data(step)
+            check_alike(batch, like, where=f"data({step})")
+            return batch
+
+        wait = Waiter()
+        known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
+        self._controller = Controller(
+            placements=Placements(
+                self._recipe, layout, mesh or MeshSpec(), pool, like, self.events, wait
+            ),
+            data=checked,
+            checkpoints=Checkpoints(checkpoint) if checkpoint else None,
+            manifest={**known, **(manifest or {})},
+            certify=certify if consistency == "exact" else "off",
+            stop_on_failure=on_failed_certificate == "stop",
+            events=self.events,
+            wait=wait,
         )
-        self._prefetcher = Prefetcher(data)
-        self._checkpoint = checkpoint
-        self._checkpoints = Checkpoints(checkpoint) if checkpoint else None
-        self._record: dict[str, Any] | None = None
-        self._live: tuple[Placement, TrainState] | None = None
-        self._step = 0
-        self._certified: set[tuple[int, ...]] = set()
 
     @property
     def step(self) -> int:
         """How many steps are done; the index of the next one."""
-        return self._step
+        return self._controller.step
 
     @property
     def compiles(self) -> dict[str, int]:
         """How often each program has been compiled."""
-        return self._placements.compiles()
+        return self._controller.placements.compiles()
 
     @property
     def state(self) -> TrainState:
         """The state as global arrays without padding, valid until the next step."""
-        placement, state = self._start()
+        placement, state = self._controller.start()
         return placement.logical(state)
 
     def run(
@@ -186,133 +180,58 @@ class Trainer:
             NonFiniteError: If the loss is not finite.
             LostStateError: If shards were lost and there is no checkpoint.
         """
+        controller = self._controller
         membership = membership or scripted({})
-        membership.check(len(self._pool))
+        membership.check(len(controller.placements.pool))
         if jax.process_count() > 1 and not membership.is_shared:
             raise MembershipError(
                 "several processes must change at the same step, which signals and "
                 "watched files cannot promise; use sk.scripted there"
             )
+
+        def give_up() -> None:
+            if membership.leaving():
+                controller.leave()
+
         stop = membership.start()
+        controller.wait.interrupted = give_up
         try:
             yield from self._run(steps, membership)
         finally:
+            controller.wait.ignore()
             stop()
 
     def _run(self, steps: int, membership: Membership) -> Iterator[StepMetrics]:
-        def give_up() -> None:
-            if membership.leaving():
-                self._leave()
-
         pending = Pending(check_gradients=self._recipe.loss_scale is None)
-        while self._step < steps:
-            count = self._live[0].num_devices if self._live else len(self._pool)
-            change = ask(membership, self._step, count, self._pool, self.events)
+        controller = self._controller
+        while controller.step < steps:
+            count = controller.num_devices
+            pool = controller.placements.pool
+            change = ask(membership, controller.step, count, pool, self.events)
             wanted = change.num_devices or count
-            moves = self._live is not None and wanted != count
+            moves = controller.live is not None and wanted != count
             if moves or change.leave:
                 yield from pending.flush()
-            self._start(wanted)
             if change.leave:
-                self._leave()
-            metrics = self._reconfigure(wanted, change, give_up) if moves else None
+                controller.leave()
+            controller.start(wanted)
+            metrics = controller.reconfigure(wanted, change) if moves else None
             if metrics is None:
-                metrics = self._execute(give_up)
-            yield from pending.push(self._step - 1, self._start()[0], metrics)
+                metrics = controller.advance()
+            placement, _ = controller.start()
+            yield from pending.push(controller.step - 1, placement, metrics)
             if self._eval and self._is_due(self._eval.every):
                 yield from pending.flush()
-                self.evaluate(interrupted=give_up)
+                self.evaluate()
             if self._checkpoint and self._is_due(self._checkpoint.every):
                 yield from pending.flush()
                 self.save()
         yield from pending.flush()
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and self._step % every == 0
+        return every > 0 and self.step % every == 0
 
-    def _start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
-        """Puts the state on devices if it is not on any: fresh, or restored."""
-        if self._live is None:
-            placement = self._placements.on(num_devices or len(self._pool))
-            if self._record is None:
-                state = placement.init()
-            else:
-                state = self._saved().load(self._record, placement)
-            self._live = placement, state
-        return self._live
-
-    def _execute(self, give_up: Callable[[], None]) -> dict[str, Array]:
-        """Runs one step where the state is."""
-        placement, state = self._start()
-        is_first = not placement.is_compiled
-        if is_first:
-            wait_for(placement.compile, give_up)
-        state, metrics = placement.step(state, self._prefetcher.get(self._step))
-        # State and step move together, before anybody sees either.
-        self._live, self._step = (placement, state), self._step + 1
-        if is_first and placement.not_donated:
-            names = ", ".join(placement.not_donated)
-            message = f"not donated, so that they exist twice during a step: {names}"
-            self.events.emit("notice", message=message)
-        return metrics
-
-    def _reconfigure(
-        self, num_devices: int, change: Change, give_up: Callable[[], None]
-    ) -> dict[str, Array] | None:
-        """Moves to another placement; returns the metrics of a step if it did one."""
-        old, before = self._start()
-        new = self._placements.on(num_devices)
-        transition = Transition(old, new)
-        old_ids, new_ids = device_ids(old.mesh), device_ids(new.mesh)
-        lost = frozenset(old_ids) - frozenset(new_ids) if change.lost else frozenset()
-        certify = not lost and (
-            self._certify == "always"
-            or (self._certify == "first" and new_ids not in self._certified)
-        )
-        with transition.phase("compile"):
-            if not new.is_compiled:
-                wait_for(new.compile, give_up)
-        try:
-            after = transition.move(before, lost=lost, keep_source=certify)
-        except LostStateError as error:
-            self._rewind(new, error, transition)
-            certify = False
-        else:
-            self._live = self._live if certify else (new, after)
-        if not certify:
-            self.events.emit("reconfigure", **transition.report(self._step, None))
-            return None
-        step, batch = self._step, self._prefetcher.get(self._step)
-        stayed, moved, metrics, differing = transition.certify(before, after, batch)
-        if differing:
-            self._live, self._step = (old, stayed), step + 1
-            failure = transition.failure(differing, step)
-            if not self._continue_uncertified:
-                raise failure
-            self.events.emit("notice", message=str(failure))
-        self._live, self._step = (new, moved), step + 1
-        self._certified |= {old_ids, new_ids}
-        self.events.emit("reconfigure", **transition.report(step, not differing))
-        return metrics
-
-    def _rewind(
-        self, new: Placement, error: LostStateError, transition: Transition
-    ) -> None:
-        """Goes back to the newest checkpoint, since shards are gone."""
-        if self._checkpoints is None or not self._checkpoints.steps():
-            raise error
-        with transition.phase("restore"):
-            record = self._checkpoints.record()
-            state = self._checkpoints.load(record, new)
-        repeated = self._step - record["step"]
-        self._live, self._step = (new, state), record["step"]
-        self.events.emit("rewind", step=self._step, repeats=repeated)
-        message = f"lost shards: step {self._step} restored, {repeated} to repeat"
-        self.events.emit("notice", message=message)
-
-    def evaluate(
-        self, *, interrupted: Callable[[], None] = lambda: None
-    ) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Evaluates on the fixed set, to the same bits on every mesh.
 
         Raises:
@@ -320,15 +239,15 @@ class Trainer:
         """
         if self._eval is None:
             raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
-        placement, state = self._start()
-        result = evaluate(self._eval, placement, state, self._step, interrupted)
-        self.events.emit("eval", step=self._step, **result)
+        placement, state = self._controller.start()
+        heard = self._controller.wait.interrupted
+        result = evaluate(self._eval, placement, state, self.step, heard)
+        self.events.emit("eval", step=self.step, **result)
         return result
 
     def state_digest(self) -> str:
         """Digests the logical state; the same on every mesh."""
-        placement, state = self._start()
-        return combine_digests(placement.digest(state), self._layout)
+        return self._controller.digest()
 
     def save(self) -> None:
         """Saves the state now.
@@ -336,12 +255,7 @@ class Trainer:
         Raises:
             ConfigError: If the trainer was made without `checkpoint`.
         """
-        checkpoints = self._saved()
-        placement, state = self._start()
-        if self._step not in checkpoints.steps():
-            digests = placement.digest(state)
-            checkpoints.save(self._step, state, placement, digests, self._manifest)
-        self.events.emit("checkpoint", step=self._step)
+        self._controller.save()
 
     def restore(self, step: int | None = None) -> int:
         """Goes to a saved step, the newest by default, on whatever devices are there.
@@ -355,41 +269,11 @@ class Trainer:
             RestoreError: If there is none, or it is of another run.
             ConfigError: If the trainer was made without `checkpoint`.
         """
-        checkpoints = self._saved()
-        record = checkpoints.record(step)
-        changed = checkpoints.check(record, self._manifest)
-        if changed and self._recipe.exact:
-            message = "bits may differ from the run that saved: " + ", ".join(changed)
-            self.events.emit("notice", message=message)
-        checkpoints.go_back(record["step"])
-        self._record, self._live = record, None
-        self._step = record["step"]
-        return self._step
+        return self._controller.restore(step)
 
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
-        self._prefetcher.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-            self._checkpoints = None
-
-    def _saved(self) -> Checkpoints:
-        if self._checkpoints is None:
-            raise ConfigError(
-                "Trainer: made without checkpoint=CheckpointConfig(...), so it can "
-                "neither save nor restore"
-            )
-        return self._checkpoints
-
-    def _leave(self) -> None:
-        """Saves if there is where to, and stops."""
-        if self._checkpoints is None:
-            raise Preempted(
-                f"asked to leave before step {self._step}; nothing is saved, since the "
-                "trainer was made without checkpoint=…"
-            )
-        self.save()
-        raise Preempted(f"asked to leave; step {self._step} is saved")
+        self._controller.close()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -199,6 +199,28 @@ PROBLEMS = {
 """Name → a function that makes the `Trainer` arguments."""
 
 
+def evaluated_digits(directory):
+    """A trainer with all that several processes must agree on.
+
+    Returns:
+        The trainer, which saves into the directory, and a list that grows by what
+        each evaluation found.
+    """
+    problem = PROBLEMS["digits-adamw-ema"]()
+    trainer = sk.Trainer(
+        **problem,
+        mesh=sk.MeshSpec(data=2, fsdp=-1),
+        checkpoint=sk.CheckpointConfig(directory=directory),
+        eval=sk.EvalConfig(data=problem["data"], every=2),
+        events=sk.EventLog(),
+    )
+    evaluated = []
+    trainer.events.subscribe(
+        lambda event: event.name == "eval" and evaluated.append(event.fields)
+    )
+    return trainer, evaluated
+
+
 def consume(trainer, steps, script=None):
     """Trains, and returns the metrics of every step."""
     return list(trainer.run(steps=steps, membership=sk.scripted(script or {})))

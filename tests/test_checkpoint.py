@@ -80,7 +80,7 @@ def test_what_is_restored_can_be_donated(make, saved):
     for spec in (sk.MeshSpec(data=1, fsdp=-1), sk.MeshSpec(data=-1, fsdp=1)):
         trainer, _ = make(mesh=spec, checkpoint=config)
         trainer.restore(2)
-        _, state = trainer._start()
+        _, state = trainer._controller.start()
         consume(trainer, 3)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 

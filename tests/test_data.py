@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit.data import ArrayBatches, TextBatches, TextCorpus, check_batch, permute
+from shardkit.data import ArrayBatches, TextBatches, TextCorpus, permute
 from shardkit.errors import DataError
 
 
@@ -224,53 +224,3 @@ def test_array_batches_refuse_unequal_and_empty_arrays():
         ArrayBatches({"x": np.ones((0, 3))}, global_batch_size=1)
     with pytest.raises(DataError, match="global_batch_size = 0"):
         ArrayBatches({"x": np.ones(4)}, global_batch_size=0)
-
-
-def test_check_batch_returns_the_global_batch_size():
-    batch = {"x": np.ones((24, 3)), "inner": {"y": np.ones(24)}}
-    for num_microbatches in (1, 8, 24):
-        found = check_batch(batch, num_microbatches=num_microbatches, where="here")
-        assert found == 24
-
-
-def test_check_batch_names_every_bad_leaf():
-    batch = {
-        "x": np.ones((24, 3)),
-        "y": np.ones(24),
-        "inner": {"short": np.ones((12, 2)), "scalar": np.float32(1)},
-    }
-    with pytest.raises(DataError) as caught:
-        check_batch(batch, num_microbatches=8, where="train batch of step 3")
-    message = str(caught.value)
-    assert message.startswith("train batch of step 3: 2 of 4 leaves")
-    assert "inner/short: expected 24 rows, found 12 (shape (12, 2))" in message
-    assert "inner/scalar: expected 24 rows, found none (no leading dim)" in message
-    assert "\n  x:" not in message
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "num_microbatches", "advice"),
-    [
-        (24, 16, r"to 12 or 24, .* multiple of 16 such as 16\."),
-        (24, 5, r"to 4 or 6, .* multiple of 5 such as 20\."),
-        (24, 30, r"to 24, .* multiple of 30 such as 30\."),
-    ],
-)
-def test_check_batch_offers_counts_that_divide(num_rows, num_microbatches, advice):
-    batch = {"x": np.ones(num_rows), "y": np.ones(num_rows)}
-    with pytest.raises(DataError, match=f"found 24 rows in x, y.*{advice}"):
-        check_batch(batch, num_microbatches=num_microbatches, where="here")
-
-
-@pytest.mark.parametrize("batch", [{}, {"x": 1.0}, {"a": {}}, [1, 2]])
-def test_check_batch_refuses_what_holds_no_examples(batch):
-    with pytest.raises(DataError, match="expected a dict of arrays"):
-        check_batch(batch, num_microbatches=1, where="here")
-
-
-def test_check_batch_refuses_bad_counts_and_no_rows():
-    with pytest.raises(DataError, match=r"here: .*num_microbatches = 0"):
-        check_batch({"x": np.ones(4)}, num_microbatches=0, where="here")
-    with pytest.raises(DataError, match="found none in x"):
-        check_batch({"x": np.ones((0, 2))}, num_microbatches=1, where="here")
-    assert check_batch(np.ones((4, 2)), num_microbatches=2, where="here") == 4

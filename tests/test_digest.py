@@ -141,6 +141,21 @@ def test_scalars_keys_and_complex_numbers_have_digests():
     assert digest(jnp.zeros((0, 3))) == [0, 0, 0, 0]
 
 
+def test_wide_elements_are_words_along_a_last_dim():
+    def digest(x):
+        return np.asarray(leaf_digest(x, LeafLayout("x", x.shape, x.dtype))).tolist()
+
+    z = jnp.array([1 + 2j, 3 - 4j, -0.0], jnp.complex64)
+    assert digest(z) == digest(jnp.stack([z.real, z.imag], axis=-1))
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert digest(keys) == digest(jax.random.key_data(keys))
+    with jax.enable_x64(True):
+        for x in (np.float64([0.1, -0.3]), np.int64([2**40 + 5, -7])):
+            bits = x.view(np.uint64)
+            words = np.stack([bits % 2**32, bits >> 32], axis=-1).astype(np.uint32)
+            assert digest(jnp.asarray(x)) == digest(jnp.asarray(words))
+
+
 def small_layout():
     return {
         "b": LeafLayout("b", (3,), np.dtype("int8")),

@@ -141,7 +141,7 @@ def test_state_bytes_per_device_fall(count, num_shards, begin):
     list(trainer.run(steps=1, membership=sk.scripted({0: count})))
     # Kernels of 64 × 7 and 7 × 10 are cut along their first dim; biases are not.
     elements = -(-64 // num_shards) * 7 + -(-7 // num_shards) * 10 + 7 + 10
-    _, state = trainer._start()
+    _, state = trainer._controller.start()
     for tree in (state.params, state.ema, state.opt_state[0].mu, state.opt_state[0].nu):
         for device in jax.devices()[:count]:
             shards = [

@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from shardkit.errors import ConfigError
 from shardkit.exact_sum import (
     INITIAL_EXPONENT,
     Accumulator,
@@ -207,7 +208,8 @@ def test_peak_bits_of_dims_and_of_nothing():
     assert int(peak_bits(jnp.zeros((0,)))) == 0
 
 
-COUNTS = [1, 2, 3, 24, 255, 1000]
+MAX_ADDENDS = 2**14
+COUNTS = [1, 2, 3, 24, 255, 1000, MAX_ADDENDS]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -292,6 +294,28 @@ def test_accumulators_of_two_devices_are_added_as_integers(
     exact = math.fsum(x[:, 0].astype(np.float64))
     bound = 8 * unit_of(exponent, num_addends) + abs(exact) * 2.0**-23
     assert abs(float(whole[0]) - exact) <= bound
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    parts=st.lists(st.floats(-1, 1, width=32), max_size=7),
+    peak=st.floats(2.0**-60, 2.0**110, width=32),
+)
+@example(parts=[2.0**-24, 3 * 2.0**-25, 2.0**-26], peak=1.0)
+def test_the_most_addends_keep_the_bits_of_float32(parts, peak):
+    x = (filled([1, *parts], 8) * np.float32(peak))[None]
+    exponent, _ = next_exponent(jnp.int32(INITIAL_EXPONENT), peak_bits(x))
+    found = np.asarray(accumulate(x, exponent, MAX_ADDENDS), np.float64)
+    # Half of the last bit of a float32 as large as the peak, but for the rounding of
+    # the total itself.
+    bound = 2.0**-25 * peak + abs(x[0].astype(np.float64)) * 2.0**-24
+    assert (abs(found - x[0]) <= bound).all()
+
+
+def test_more_addends_are_refused():
+    Accumulator(MAX_ADDENDS)
+    with pytest.raises(ConfigError, match=r"at most 16384, .*found 16385"):
+        Accumulator(MAX_ADDENDS + 1)
 
 
 def test_accumulator_of_one_addend_returns_it():

@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 # counts too: put off is still needed. Hence `optim` above the `config` it reads, and
 # `build` above "shardkit", the package itself, whose lazy names reach all below it.
 TIERS = [
-    "errors events",
-    "tree mesh keys membership nn model shards rounding jaxprs corpus prefetch",
-    "logical_axes microbatch data layout exact_sum collectives atomics local_rules",
+    "errors events version waits",
+    "tree mesh keys membership nn model shards rounding jaxprs corpus batch prefetch",
+    "logical_axes microbatch data layout exact_sum collectives inexact local_rules",
     "digest state localize program gradient",
     "recipe reshard",
     "placement",
     "elastic metrics checkpoint evaluation",
+    "controller",
     "trainer",
     "config",
     "optim report cli testing",

@@ -3,14 +3,17 @@
 import os
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
-from problems import consume, fields_of, linear_data, mean_loss
+from problems import consume, fields_of, linear, linear_data, mean_loss
 
 import shardkit as sk
+from shardkit import digest, placement
 from shardkit.testing import run_digest
+from shardkit.waits import POLL_S
 
 
 def collect(run, error, message, then=lambda step: None):
@@ -106,33 +109,98 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_later(make, tmp_path):
     assert run_digest(again, 9)["state"] == run_digest(twin, 9)["state"]
 
 
+class SlowTrace:
+    """Lets a function get SIGTERM, and then wait, when it is traced to be compiled."""
+
+    def __init__(self):
+        self.is_on, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, fn):
+        def traced(*args):
+            is_main = threading.current_thread() is threading.main_thread()
+            if self.is_on.is_set() and not is_main:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert self.released.wait(60)
+            return fn(*args)
+
+        return traced
+
+    def leaves(self, trainer, script, message):
+        """Asserts that a run ends so, while the function is still being traced."""
+        self.is_on.set()
+        membership = sk.combine(sk.scripted(script), sk.signals())
+        try:
+            with pytest.raises(sk.Preempted, match=message):
+                list(trainer.run(steps=9, membership=membership))
+            assert not self.released.is_set()
+        finally:
+            self.is_on.clear()
+            self.released.set()
+
+
 @pytest.mark.parametrize("at_step", [0, 3])
-def test_sigterm_is_heard_while_a_program_compiles(make, tmp_path, at_step):
-    released = threading.Event()
-    slow = threading.Event()
-
-    def slow_to_trace(*args):
-        is_main = threading.current_thread() is threading.main_thread()
-        if slow.is_set() and not is_main:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert released.wait(60)
-        return mean_loss(*args)
-
+def test_sigterm_is_heard_while_a_step_compiles(make, tmp_path, at_step):
+    slow = SlowTrace()
     checkpoint = sk.CheckpointConfig(directory=tmp_path)
-    trainer, _ = make(loss=slow_to_trace, checkpoint=checkpoint)
+    trainer, _ = make(loss=slow(mean_loss), checkpoint=checkpoint)
     consume(trainer, at_step)
-    slow.set()
-    membership = sk.combine(sk.scripted({at_step: 4}), sk.signals())
-    try:
-        with pytest.raises(sk.Preempted, match=f"step {at_step} is saved"):
-            list(trainer.run(steps=9, membership=membership))
-    finally:
-        slow.clear()
-        released.set()
+    slow.leaves(trainer, {at_step: 4}, f"step {at_step} is saved")
     again, _ = make(checkpoint=checkpoint)
     assert again.restore() == at_step
     twin, _ = make()
     assert run_digest(again, 6)["state"] == run_digest(twin, 6)["state"]
+
+
+def test_sigterm_is_heard_while_the_first_state_compiles(make, tmp_path):
+    slow = SlowTrace()
+    init = slow(linear()["init"])
+    trainer, _ = make(init=init, checkpoint=sk.CheckpointConfig(directory=tmp_path))
+    slow.leaves(trainer, {}, "nothing has changed since step 0")
+    assert not any(tmp_path.iterdir())
+
+
+def test_sigterm_is_heard_while_an_evaluation_compiles(make, tmp_path):
+    slow = SlowTrace()
+    trainer, events = make(
+        eval_loss=slow(mean_loss),
+        checkpoint=sk.CheckpointConfig(directory=tmp_path),
+        eval=sk.EvalConfig(data=linear_data, every=2),
+    )
+    slow.leaves(trainer, {}, "step 2 is saved")
+    assert fields_of(events, "eval") == []
+
+
+def test_sigterm_while_digests_compile_still_saves(make, tmp_path, monkeypatch):
+    def leaf_digest(x, leaf):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5 * POLL_S)
+        return digest.leaf_digest(x, leaf)
+
+    monkeypatch.setattr(placement, "leaf_digest", leaf_digest)
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=2)
+    trainer, _ = make(checkpoint=checkpoint)
+    membership = sk.signals()
+    with pytest.raises(sk.Preempted, match="step 2 is saved"):
+        list(trainer.run(steps=9, membership=membership))
+    assert make(checkpoint=checkpoint)[0].restore() == 2
+
+
+def test_sigterm_is_heard_while_a_batch_is_waited_for(make, tmp_path):
+    released = threading.Event()
+
+    def stuck(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert released.wait(60)
+        return linear_data(step)
+
+    trainer, _ = make(data=stuck, checkpoint=sk.CheckpointConfig(directory=tmp_path))
+    try:
+        with pytest.raises(sk.Preempted, match=r"step \d is saved"):
+            list(trainer.run(steps=9, membership=sk.signals()))
+        assert trainer.step <= 3
+    finally:
+        released.set()
 
 
 def test_sigterm_is_heard_while_evaluating(make, tmp_path):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
@@ -78,6 +78,32 @@ def test_path_rules_reach_what_carries_no_annotation():
     }
     rules = {"*/query": ("embed", "heads"), "mlp": ("mlp", "mlp"), "*": None}
     assert leaf_axes(tree, rules) == [None, ("embed", "heads"), ("embed", None)]
+
+
+parents = st.lists(st.sampled_from("ab"), max_size=4)
+glob_parents = st.lists(st.sampled_from(["a", "b", "**"]), max_size=4)
+
+
+def fits(parts, pattern):
+    """Whether parts fit those of a pattern, where `**` is any number of parts."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(fits(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return parts[:1] == pattern[:1] and fits(parts[1:], pattern[1:])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(parents=parents, globs=glob_parents)
+@example(parents=[], globs=["**"])
+@example(parents=["a", "b", "a"], globs=["a", "**", "b", "**", "a"])
+def test_two_stars_stand_for_any_number_of_parents(parents, globs):
+    tree = np.zeros(3)
+    for name in reversed([*parents, "x"]):
+        tree = {name: tree}
+    rules = {"/".join([*globs, "x"]): ("embed",)}
+    expected = ("embed",) if fits(parents, globs) else None
+    assert leaf_axes(tree, rules) == [expected]
 
 
 def test_path_rules_that_do_not_fit_are_all_named():

@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -151,6 +153,75 @@ def test_no_content_of_a_file_raises_anything_else(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("watched") / "devices.json"
     path.write_bytes(content)
     with pytest.raises(MembershipError):
+        watch_file(path).poll(0, 8)
+
+
+def unreadable_paths(directory):
+    """Kind → a path where there is something that cannot be read."""
+    (directory / "file").write_text("{}")
+    (directory / "loop").symlink_to(directory / "loop")
+    (directory / "directory").mkdir()
+    os.mkfifo(directory / "fifo")
+    return {
+        "directory": directory / "directory",
+        "fifo": directory / "fifo",
+        "under a file": directory / "file" / "devices.json",
+        "loop": directory / "loop",
+        "long name": directory / ("x" * 300),
+        "null byte": directory / "x\0y",
+    }
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "kind",
+    ["directory", "fifo", "under a file", "loop", "long name", "null byte"],
+)
+def test_what_cannot_be_read_is_told_once(tmp_path, kind):
+    path = unreadable_paths(tmp_path)[kind]
+    source = watch_file(path)
+    source.check(8)
+    with pytest.raises(MembershipError) as caught:
+        source.poll(0, 8)
+    assert str(path) in str(caught.value)
+    assert source.poll(1, 8) is None
+
+
+def test_a_directory_that_becomes_a_file_is_followed(tmp_path):
+    path = tmp_path / "devices.json"
+    source = watch_file(path)
+    for step in (0, 10):
+        path.mkdir()
+        with pytest.raises(MembershipError, match="not a regular file"):
+            source.poll(step, 8)
+        path.rmdir()
+        assert source.poll(step + 1, 8) is None
+    path.write_text('{"num_devices": 6}')
+    assert source.poll(20, 8) == Change(6)
+
+
+def test_a_file_that_may_not_be_read_is_read_once_it_may(tmp_path, monkeypatch):
+    path = tmp_path / "devices.json"
+    path.write_text('{"num_devices": 6}')
+    source = watch_file(path)
+
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(MembershipError, match="Permission denied"):
+            source.poll(0, 8)
+        assert source.poll(1, 8) is None
+    # Neither its time nor its size has changed.
+    assert source.poll(2, 8) == Change(6)
+    assert source.poll(3, 6) is None
+
+
+def test_endless_nesting_is_wrong_content(tmp_path):
+    path = tmp_path / "devices.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(MembershipError, match="half-written"):
         watch_file(path).poll(0, 8)
 
 

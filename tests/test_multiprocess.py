@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from problems import PROBLEMS
+from problems import PROBLEMS, evaluated_digits
 
 import shardkit as sk
 from shardkit.testing import run_digest
@@ -83,22 +83,14 @@ def test_two_processes_train_together(tmp_path, compile_cache):
     first, _ = finish(*[start("member", port, i, 2, tmp_path) for i in range(2)])
     found = json.loads(first)
 
-    evaluated = []
-    problem = PROBLEMS["digits-adamw-ema"]()
-    trainer = sk.Trainer(
-        **problem,
-        mesh=sk.MeshSpec(data=2, fsdp=-1),
-        checkpoint=sk.CheckpointConfig(directory=tmp_path),
-        eval=sk.EvalConfig(data=problem["data"], every=2),
-        events=sk.EventLog(),
-    )
-    trainer.events.subscribe(
-        lambda event: event.name == "eval" and evaluated.append(event.fields)
-    )
+    trainer, evaluated = evaluated_digits(tmp_path)
     expected = run_digest(trainer, 3)
-    expected |= {"evaluated": evaluated, "after": run_digest(trainer, 6)}
+    expected |= {"after": run_digest(trainer, 6), "evaluated": list(evaluated)}
     # What two processes have saved, one can read.
     assert trainer.restore() == 3
     expected |= {"restored": trainer.state_digest()}
+    # Of what is lost nothing is used: the run goes back to what is saved.
+    list(trainer.run(6))
+    expected |= {"seen": [3, 4, 3, 4, 5], "after a loss": trainer.state_digest()}
     assert found == json.loads(json.dumps(expected))
     trainer.close()

@@ -324,7 +324,7 @@ def test_the_loss_scale_does_not_grow_out_of_float32():
 # What a loss may return.
 
 
-def abstract(shape=(2, 3)):
+def abstract(shape=(4, 3)):
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 

@@ -2,11 +2,18 @@ import dataclasses
 import importlib.util
 import io
 import json
+import platform
+import re
+import runpy
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+import shardkit
 from shardkit.config import from_dict
 from shardkit.errors import ConfigError
 from shardkit.events import EventLog
@@ -21,6 +28,7 @@ from shardkit.report import (
 )
 from shardkit.report.jsonl import write_atomically
 from shardkit.report.picture import smooth, write_picture
+from shardkit.report.summary import versions
 
 CONFIG = from_dict(
     {
@@ -243,6 +251,27 @@ def test_the_summary_says_what_was_promised(tmp_path, terminal):
     assert summary["corpus_digest"] is None
     assert summary["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "optax"}
     assert open_run(tmp_path / "run", resume=True).config == CONFIG
+
+
+def test_versions_are_known_without_an_installation(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    found = versions()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found["shardkit"])
+    assert found["shardkit"] == shardkit.__version__
+    assert found["python"] == platform.python_version()
+    assert found["jax"] is None
+
+
+def test_packaging_reads_the_version_from_the_code():
+    root = Path(__file__).parents[1]
+    pyproject = tomllib.loads((root / "pyproject.toml").read_text())
+    assert "version" not in pyproject["project"]
+    assert pyproject["project"]["dynamic"] == ["version"]
+    path = root / pyproject["tool"]["hatch"]["version"]["path"]
+    assert runpy.run_path(str(path))["__version__"] == shardkit.__version__
 
 
 def test_plain_lines_tell_of_every_tenth_and_every_change(tmp_path, terminal, out):

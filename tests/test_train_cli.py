@@ -195,6 +195,17 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
         assert train.summary(out)[name] == train.summary(plain)[name]
 
 
+def test_preempted_while_it_compiles_it_leaves_and_goes_on_later(train):
+    out = ["--out", "compiling", "--model.factory", "faulty:slow", "--steps", "2"]
+    tracing = train.path / "tracing"
+    process = train.run_until(tracing.exists, *out, TRACE_S="3")
+    process.send_signal(signal.SIGTERM)
+    assert "--resume --out compiling" in train.finish(process, code=75)
+    assert train.steps("compiling") == []
+    train(*out, "--resume")
+    assert [line["step"] for line in train.steps("compiling")] == [0, 1]
+
+
 def test_a_directory_in_use_is_not_touched(train, plain):
     said = train("--out", plain, code=2)
     assert "add --resume" in said

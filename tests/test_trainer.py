@@ -101,7 +101,7 @@ def test_the_state_is_donated(make):
     for count in (8, 3):
         consume(trainer, trainer.step + 1, {0: count})
         # Pieces, not the unpadded copies that `trainer.state` makes.
-        placement, state = trainer._start()
+        placement, state = trainer._controller.start()
         consume(trainer, trainer.step + 1, {0: count})
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
         assert placement.not_donated == []
@@ -246,6 +246,32 @@ def test_evaluation_uses_the_average_if_there_is_one(make):
     np.testing.assert_allclose(loss, out.loss_sum / out.weight, rtol=1e-5)
 
 
+def drawing_loss(params, microbatch, key):
+    return mean_loss(params, microbatch, key) * 0 + jax.random.uniform(key)
+
+
+def test_every_batch_of_an_evaluation_draws_anew_and_the_same_everywhere(make):
+    def evaluated(num_batches, mesh):
+        evaluation = sk.EvalConfig(data=linear_data, every=0, num_batches=num_batches)
+        trainer, _ = make(loss=drawing_loss, eval=evaluation, mesh=mesh)
+        return trainer.evaluate()["loss"], consume(trainer, 1)[0].loss
+
+    one, trained = evaluated(1, sk.MeshSpec())
+    two, _ = evaluated(2, sk.MeshSpec())
+    assert len({one, two, trained}) == 3
+    assert evaluated(2, sk.MeshSpec(data=2)) == (two, trained)
+
+
+def test_a_batch_unlike_the_first_is_named(make):
+    def data(step):
+        return {k: x[: 12 if step == 3 else None] for k, x in linear_data(step).items()}
+
+    trainer, _ = make(data=data)
+    with pytest.raises(sk.DataError, match=r"data\(3\): .* first batch"):
+        consume(trainer, 6)
+    assert trainer.step == 3
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -253,6 +279,11 @@ def test_evaluation_uses_the_average_if_there_is_one(make):
         ({"certify": "never"}, sk.ConfigError, "certify .* found 'never'"),
         ({"num_microbatches": 7}, sk.DataError, "24.*7|7.*24"),
         ({"mesh": sk.MeshSpec(tensor=16)}, sk.MeshError, "at least 16 devices"),
+        (
+            {"mesh": sk.MeshSpec(expert=2)},
+            sk.MeshError,
+            "must be 1, found .*expert.: 2",
+        ),
         (
             {"axis_rules": {"in": "fsdp", "inn": "fsdp"}, "strict": True},
             sk.PartitionError,

@@ -114,7 +114,8 @@ class OptimizerSection:
     weight_decay: float = 0.0
     """Decoupled weight decay, times the learning rate; adafactor's is not."""
     decay_mask: Literal["all", "matrices"] = "matrices"
-    """What decays: every leaf, or those of at least two dims."""
+    """What decays: every leaf, or those of at least two dims, of which a dim that
+    stacks layers (its logical axis is `layers`) is not one."""
     b1: float | None = None
     """Decay of the first moment; None is the usual one of the optimizer."""
     b2: float | None = None

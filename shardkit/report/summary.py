@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from shardkit.version import __version__
+
 __all__ = ["summarize", "summary_rows", "versions"]
 
 _PACKAGES = {
@@ -13,7 +15,6 @@ _PACKAGES = {
     "flax": "flax",
     "optax": "optax",
     "orbax": "orbax-checkpoint",
-    "shardkit": "shardkit",
 }
 
 
@@ -25,6 +26,8 @@ def versions() -> dict[str, str | None]:
             found[name] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[name] = None
+    # Of the code that runs, which may be a checkout that is not installed.
+    found["shardkit"] = __version__
     return found
 
 

@@ -1,7 +1,9 @@
 """Factories for configs: data and a model on which things go wrong when asked to."""
 
 import os
+import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -49,3 +51,16 @@ def bare(hidden_dim=7):
         return jax.tree.map(lambda x: x.value, annotated, is_leaf=has_names)
 
     return type(model)(init=init, loss=model.loss)
+
+
+def slow(**options):
+    """An MLP that takes `TRACE_S` seconds to trace for a program, and says so."""
+    model = mlp.build(**options)
+
+    def loss(*args):
+        if threading.current_thread() is not threading.main_thread():
+            Path("tracing").touch()
+            time.sleep(float(os.environ.get("TRACE_S", "0")))
+        return model.loss(*args)
+
+    return type(model)(init=model.init, loss=loss, axis_rules=model.axis_rules)

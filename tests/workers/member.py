@@ -28,28 +28,20 @@ def main(port, process_id, num_processes, directory):
     )
     assert len(jax.devices()) == 8
 
-    from problems import PROBLEMS
+    from problems import evaluated_digits
 
     import shardkit as sk
     from shardkit.testing import run_digest
 
-    evaluated = []
-    problem = PROBLEMS["digits-adamw-ema"]()
-    trainer = sk.Trainer(
-        **problem,
-        mesh=sk.MeshSpec(data=2, fsdp=-1),
-        checkpoint=sk.CheckpointConfig(directory=directory),
-        eval=sk.EvalConfig(data=problem["data"], every=2),
-        events=sk.EventLog(),
-    )
-    trainer.events.subscribe(
-        lambda event: event.name == "eval" and evaluated.append(event.fields)
-    )
+    trainer, evaluated = evaluated_digits(directory)
     found = run_digest(trainer, 3)
     trainer.save()
-    found |= {"evaluated": evaluated, "after": run_digest(trainer, 6, {0: 8, 4: 6})}
+    found |= {"after": run_digest(trainer, 6, {0: 8, 4: 6})}
+    found |= {"evaluated": list(evaluated)}
     trainer.restore()
     found |= {"restored": trainer.state_digest()}
+    seen = [m.step for m in trainer.run(6, sk.scripted({4: 6, 5: sk.Lost(4)}))]
+    found |= {"seen": seen, "after a loss": trainer.state_digest()}
     trainer.close()
     if int(process_id) == 0:
         print(json.dumps(found))

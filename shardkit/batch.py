@@ -1,0 +1,130 @@
+"""What a global batch must be.
+
+Owns the checks on a tree of host arrays before it is cut into microbatches: every
+leaf has one row per example, the grid divides the rows, and no batch differs from the
+first in anything that a compiled program depends on. It loads and places nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shardkit.errors import DataError
+
+__all__ = ["check_alike", "check_batch"]
+
+
+def _iterate_leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, child in node.items():
+            yield from _iterate_leaves(child, f"{path}/{name}" if path else str(name))
+    else:
+        yield path or "(the batch itself)", node
+
+
+def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
+    """Checks that every leaf of a batch can be cut into equal microbatches.
+
+    Args:
+        batch: Arrays `[global_batch_size, ...]` in a dict, nested or not.
+        num_microbatches: The number of equal runs of rows to cut it into.
+        where: What the batch is, for the message, such as `"train batch of step 3"`.
+
+    Returns:
+        The global batch size.
+
+    Raises:
+        DataError: Naming every leaf whose leading size is not that of the others, or
+            the microbatch counts next to one that does not divide.
+
+    Example:
+        >>> import numpy as np
+        >>> check_batch({"x": np.ones((6, 2))}, num_microbatches=3, where="batch")
+        6
+    """
+    if num_microbatches < 1:
+        raise DataError(
+            f"{where}: num_microbatches must be at least 1, found {num_microbatches}"
+        )
+    shapes = {
+        path: tuple(getattr(leaf, "shape", ())) for path, leaf in _iterate_leaves(batch)
+    }
+    sizes = Counter(shape[0] for shape in shapes.values() if shape)
+    if not sizes:
+        raise DataError(
+            f"{where}: expected a dict of arrays with a leading batch dim, found "
+            f"{len(shapes)} leaves, none of them with one. Return arrays of examples."
+        )
+    size = sizes.most_common(1)[0][0]
+    bad = {path: shape for path, shape in shapes.items() if shape[:1] != (size,)}
+    if bad:
+        raise DataError(
+            f"{where}: {len(bad)} of {len(shapes)} leaves differ in their leading dim:"
+            + "".join(
+                f"\n  {path}: expected {size} rows, found "
+                + (f"{shape[0]} (shape {shape})" if shape else "none (no leading dim)")
+                for path, shape in bad.items()
+            )
+            + "\nGive every leaf one row per example, repeating constants if need be."
+        )
+    if size == 0 or size % num_microbatches:
+        raise DataError(
+            _explain_indivisible(where, list(shapes), size, num_microbatches)
+        )
+    return size
+
+
+def check_alike(batch: Any, first: Any, *, where: str) -> None:
+    """Checks that a batch has the leaves, shapes and dtypes of the first one.
+
+    Programs are compiled for the shapes of a run, which therefore cannot change.
+
+    Args:
+        batch: Arrays in a dict, nested or not.
+        first: What it should be like.
+        where: What the batch is, for the message.
+
+    Raises:
+        DataError: Naming every leaf that differs.
+
+    Example:
+        >>> import numpy as np
+        >>> check_alike({"x": np.ones(4)}, {"x": np.zeros(4)}, where="data(1)")
+    """
+    found, expected = (
+        {path: _describe(leaf) for path, leaf in _iterate_leaves(tree)}
+        for tree in (batch, first)
+    )
+    bad = [p for p in found.keys() | expected.keys() if found.get(p) != expected.get(p)]
+    if bad:
+        raise DataError(
+            f"{where}: {len(bad)} leaves are not as in the first batch:"
+            + "".join(
+                f"\n  {path}: expected {expected.get(path, 'nothing')}, "
+                f"found {found.get(path, 'nothing')}"
+                for path in sorted(bad)
+            )
+            + "\nGive every batch the same leaves, shapes and dtypes."
+        )
+
+
+def _describe(leaf: Any) -> str:
+    shape = list(getattr(leaf, "shape", ()))
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{shape}"
+
+
+def _explain_indivisible(
+    where: str, paths: list[str], size: int, num_microbatches: int
+) -> str:
+    if size == 0:
+        return f"{where}: expected rows, found none in {', '.join(paths)}. Add some."
+    divisors = [count for count in range(1, size + 1) if size % count == 0]
+    below = [count for count in divisors if count < num_microbatches][-1:]
+    above = [count for count in divisors if count > num_microbatches][:1]
+    counts = " or ".join(map(str, below + above))
+    rows = num_microbatches * max(1, size // num_microbatches)
+    return (
+        f"{where}: expected a leading dim that {num_microbatches} microbatches divide, "
+        f"found {size} rows in {', '.join(paths)}. Set num_microbatches to {counts}, "
+        f"or the global batch size to a multiple of {num_microbatches} such as {rows}."
+    )

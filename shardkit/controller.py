@@ -1,0 +1,218 @@
+"""Where a run stands, and how it gets on from there.
+
+Owns the live state with its step: stepping, moving to other devices, saving, going
+back. Invariant: the state, the data cursor and the step are one; whatever happens, the
+run stands where the state stands. When to do which of these is the trainer's business.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax import Array
+
+from shardkit.checkpoint import Checkpoints
+from shardkit.digest import combine_digests
+from shardkit.elastic import Placements, Transition
+from shardkit.errors import ConfigError, LostStateError, Preempted
+from shardkit.events import EventLog
+from shardkit.membership import Change
+from shardkit.mesh import device_ids
+from shardkit.placement import Placement
+from shardkit.prefetch import Prefetcher
+from shardkit.state import TrainState
+from shardkit.waits import Waiter
+
+__all__ = ["Controller"]
+
+
+class Controller:
+    """Holds the state of a run, wherever it is.
+
+    Args:
+        placements: Where it can be.
+        data: `step → global batch`.
+        checkpoints: Where it is saved, or None.
+        manifest: JSON facts that a checkpoint must share to be restored.
+        certify: `"always"`, `"first"` or `"off"`.
+        stop_on_failure: Whether a failed certificate ends the run.
+        events: Where events are sent.
+        wait: What compiles.
+
+    Attributes:
+        step: How many steps are done; the index of the next one.
+        live: The placement and the state on it; None before the first use.
+    """
+
+    def __init__(
+        self,
+        *,
+        placements: Placements,
+        data: Callable[[int], Any],
+        checkpoints: Checkpoints | None,
+        manifest: Mapping[str, Any],
+        certify: str,
+        stop_on_failure: bool,
+        events: EventLog,
+        wait: Waiter,
+    ) -> None:
+        self.placements, self.events, self.wait = placements, events, wait
+        self.step = 0
+        self.live: tuple[Placement, TrainState] | None = None
+        self._prefetcher = Prefetcher(data)
+        self._checkpoints, self._manifest = checkpoints, dict(manifest)
+        self._certify, self._stop_on_failure = certify, stop_on_failure
+        self._record: dict[str, Any] | None = None
+        self._certified: set[tuple[int, ...]] = set()
+
+    @property
+    def num_devices(self) -> int:
+        """On how many devices the run is, or would begin."""
+        return self.live[0].num_devices if self.live else len(self.placements.pool)
+
+    def start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
+        """Puts the state on devices if it is not on any: fresh, or restored."""
+        if self.live is None:
+            placement = self.placements.on(num_devices or self.num_devices)
+            if self._record is None:
+                state = placement.init()
+            else:
+                state = self._saved().load(self._record, placement)
+            self.live = placement, state
+        return self.live
+
+    def advance(self) -> dict[str, Array]:
+        """Runs one step where the state is, and returns its metrics."""
+        placement, state = self.start()
+        is_first = not placement.is_compiled
+        if is_first:
+            placement.compile()
+        state, metrics = placement.step(state, self._batch())
+        # State and step move together, before anybody sees either.
+        self.live, self.step = (placement, state), self.step + 1
+        if is_first and placement.not_donated:
+            names = ", ".join(placement.not_donated)
+            message = f"not donated, so that they exist twice during a step: {names}"
+            self.events.emit("notice", message=message)
+        return metrics
+
+    def reconfigure(self, num_devices: int, change: Change) -> dict[str, Array] | None:
+        """Moves to another placement; returns the metrics of a step if it did one."""
+        old, before = self.start()
+        new = self.placements.on(num_devices)
+        transition = Transition(old, new)
+        old_ids, new_ids = device_ids(old.mesh), device_ids(new.mesh)
+        lost = frozenset(old_ids) - frozenset(new_ids) if change.lost else frozenset()
+        certify = not lost and (
+            self._certify == "always"
+            or (self._certify == "first" and new_ids not in self._certified)
+        )
+        with transition.phase("compile"):
+            if not new.is_compiled:
+                new.compile()
+            if certify:
+                # Between the two steps nothing can be given up: both states are gone.
+                old.compile_digests()
+                new.compile_digests()
+        batch = self._batch() if certify else None
+        try:
+            after = transition.move(before, lost=lost, keep_source=certify)
+        except LostStateError as error:
+            self._rewind(new, error, transition)
+            certify = False
+        else:
+            self.live = self.live if certify else (new, after)
+        if not certify:
+            self.events.emit("reconfigure", **transition.report(self.step, None))
+            return None
+        step = self.step
+        stayed, moved, metrics, differing = transition.certify(before, after, batch)
+        if differing:
+            self.live, self.step = (old, stayed), step + 1
+            failure = transition.failure(differing, step)
+            if self._stop_on_failure:
+                raise failure
+            self.events.emit("notice", message=str(failure))
+        self.live, self.step = (new, moved), step + 1
+        self._certified |= {old_ids, new_ids}
+        self.events.emit("reconfigure", **transition.report(step, not differing))
+        return metrics
+
+    def _rewind(
+        self, new: Placement, error: LostStateError, transition: Transition
+    ) -> None:
+        """Goes back to the newest checkpoint, since shards are gone."""
+        if self._checkpoints is None or not self._checkpoints.steps():
+            raise error
+        with transition.phase("restore"):
+            record = self._checkpoints.record()
+            state = self._checkpoints.load(record, new)
+        repeated = self.step - record["step"]
+        self.live, self.step = (new, state), record["step"]
+        self.events.emit("rewind", step=self.step, repeats=repeated)
+        message = f"lost shards: step {self.step} restored, {repeated} to repeat"
+        self.events.emit("notice", message=message)
+
+    def digest(self) -> str:
+        """Digests the logical state; the same on every mesh."""
+        placement, state = self.start()
+        return combine_digests(placement.digest(state), placement.layout)
+
+    def save(self) -> None:
+        """Saves the state, unless this very step is saved already.
+
+        Raises:
+            ConfigError: If there is nowhere to.
+        """
+        checkpoints = self._saved()
+        placement, state = self.start()
+        if self.step not in checkpoints.steps():
+            digests = placement.digest(state)
+            checkpoints.save(self.step, state, placement, digests, self._manifest)
+        self.events.emit("checkpoint", step=self.step)
+
+    def restore(self, step: int | None) -> int:
+        """Goes to a saved step; the state is read when it is first needed."""
+        checkpoints = self._saved()
+        record = checkpoints.record(step)
+        changed = checkpoints.check(record, self._manifest)
+        if changed and self.placements.recipe.exact:
+            message = "bits may differ from the run that saved: " + ", ".join(changed)
+            self.events.emit("notice", message=message)
+        checkpoints.go_back(record["step"])
+        self._record, self.live = record, None
+        self.step = record["step"]
+        return self.step
+
+    def leave(self) -> None:
+        """Saves if there is where to and what, and stops."""
+        # Asked once is enough: saving must not be given up.
+        self.wait.ignore()
+        if self._checkpoints is None:
+            raise Preempted(
+                f"asked to leave before step {self.step}; nothing is saved, since the "
+                "trainer was made without checkpoint=…"
+            )
+        if self.live is None:
+            raise Preempted(
+                f"asked to leave; nothing has changed since step {self.step}"
+            )
+        self.save()
+        raise Preempted(f"asked to leave; step {self.step} is saved")
+
+    def close(self) -> None:
+        """Ends background work; a second call does nothing."""
+        self._prefetcher.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+            self._checkpoints = None
+
+    def _batch(self) -> Any:
+        return self._prefetcher.get(self.step, interrupted=self.wait.interrupted)
+
+    def _saved(self) -> Checkpoints:
+        if self._checkpoints is None:
+            raise ConfigError(
+                "Trainer: made without checkpoint=CheckpointConfig(...), so it can "
+                "neither save nor restore"
+            )
+        return self._checkpoints
