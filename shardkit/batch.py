@@ -44,7 +44,8 @@ def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
     """
     if num_microbatches < 1:
         raise DataError(
-            f"{where}: num_microbatches must be at least 1, found {num_microbatches}"
+            f"{where}: expected at least one microbatch, found num_microbatches = "
+            f"{num_microbatches}. Raise it to 1 or more."
         )
     shapes = {
         path: tuple(getattr(leaf, "shape", ())) for path, leaf in _iterate_leaves(batch)

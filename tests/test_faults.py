@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import shardkit as sk
-from shardkit.elastic import wait_for
+from shardkit.waits import Waiter
 
 
 def init(key):
@@ -126,7 +126,7 @@ def test_work_that_times_out_is_not_taken_for_waiting():
         raise TimeoutError("the file system is gone")
 
     with pytest.raises(TimeoutError, match="file system"):
-        wait_for(work, lambda: None)
+        Waiter()(work)
 
 
 def test_a_large_loss_scale_and_weight_do_not_make_the_gradient_vanish():
