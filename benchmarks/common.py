@@ -1,20 +1,26 @@
-"""What the benchmarks share: the hand-written rival, the clock and the table."""
+"""What the benchmarks share: shardkit's step, the clock and the table."""
 
+import dataclasses
 import platform
 import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import shardkit as sk
+from benchmarks.rivals import Rival, with_jit, with_shard_map
+from shardkit.elastic import Placements
 from shardkit.events import EventLog
-from shardkit.placement import Placement
 from shardkit.recipe import Recipe
+from shardkit.waits import Waiter
+
+HEADER = (
+    "| devices | | ms a step | / jit, median [quartiles] | / shard_map, median "
+    "[quartiles] | MiB a device | / jit | / shard_map |\n" + "|---" * 8 + "|"
+)
+RIVALS = {"jit": with_jit, "shard_map": with_shard_map}
 
 
 def describe_machine():
@@ -35,104 +41,35 @@ def random_tokens(rows, length, vocab_size, seed=0):
     return {"tokens": rng.integers(0, vocab_size, (rows, length + 1), np.int32)}
 
 
-class HandWritten:
-    """Gradient accumulation as one would write it: `jit`, FSDP shardings, donation.
-
-    The same microbatches' worth of rows per device and pass, the same optimizer, no
-    determinism flag. XLA decides when to gather and to reduce.
-    """
-
-    def __init__(self, model, tx, mesh, batch, num_microbatches, dims):
-        num = mesh.size
-        assert num_microbatches % num == 0
-        rows = NamedSharding(mesh, P(None, "fsdp"))
-        spec = lambda d: P(*[None] * d, "fsdp") if d >= 0 else P()  # noqa: E731
-
-        def first(key):
-            params = jax.tree.map(
-                lambda x: getattr(x, "value", x),
-                model.init(key),
-                is_leaf=lambda x: hasattr(x, "names"),
-            )
-            return params, tx.init(params)
-
-        abstract = jax.eval_shape(first, jax.random.key(0))
-        by_shape = {
-            x.shape: NamedSharding(mesh, spec(d))
-            for x, d in zip(jax.tree.leaves(abstract[0]), dims, strict=True)
-            if d < 0 or x.shape[d] % num == 0
-        }
-        shardings = jax.tree.map(
-            lambda x: by_shape.get(x.shape, NamedSharding(mesh, P())), abstract
-        )
-        self.state = jax.jit(first, out_shardings=shardings)(jax.random.key(0))
-        self._tokens = jax.device_put(
-            batch["tokens"].reshape(
-                num_microbatches // num, -1, batch["tokens"].shape[1]
-            ),
-            rows,
-        )
-
-        def step(state, tokens, key):
-            params, opt_state = state
-
-            def one(carry, xs):
-                sums, total = carry
-                tokens, i = xs
-
-                def loss(p):
-                    out = model.loss(p, {"tokens": tokens}, jax.random.fold_in(key, i))
-                    return out.loss_sum, out.weight
-
-                (value, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-                sums = jax.tree.map(jnp.add, sums, grads)
-                return (sums, total + jnp.stack([value, weight])), None
-
-            zeros = jax.tree.map(jnp.zeros_like, params)
-            index = jnp.arange(tokens.shape[0])
-            (grads, total), _ = jax.lax.scan(
-                one, (zeros, jnp.zeros(2)), (tokens, index)
-            )
-            grads = jax.tree.map(lambda g: g / total[1], grads)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), total[0]
-
-        self._compiled = (
-            jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-            .lower(self.state, self._tokens, jax.random.key(0))
-            .compile()
-        )
-        self.memory = memory_bytes(self._compiled)
-
-    def step(self):
-        """Dispatches one step; returns its loss."""
-        self.state, loss = self._compiled(self.state, self._tokens, jax.random.key(0))
-        return loss
-
-
 class Ours:
     """One placement of shardkit, driven without the trainer's bookkeeping."""
 
-    def __init__(self, model, tx, mesh, batch, num_microbatches, *, exact):
-        recipe = Recipe(
+    def __init__(self, model, tx, devices, batch, num_microbatches, *, exact):
+        self.recipe = Recipe(
             init=model.init,
             loss=model.loss,
             tx=tx,
             num_microbatches=num_microbatches,
             exact=exact,
         )
-        layout, _ = recipe.layout(model.axis_rules)
-        self.dims = [leaf.dim for leaf in jax.tree.leaves(layout.params)]
+        self.layout, _ = self.recipe.layout(model.axis_rules)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-        self.placement = Placement(recipe, layout, mesh, abstract, EventLog())
-        self.state, self._batch = self.placement.init(), batch
+        spec = sk.MeshSpec(data=1, fsdp=-1)
+        self.placement = Placements(
+            self.recipe, self.layout, spec, devices, abstract, EventLog(), Waiter()
+        ).on(len(devices))
+        self._batch = batch
         self.placement.compile()
-        self.memory = memory_bytes(self.placement.executable)
+        self.compiled = self.placement.executable
+
+    def start(self):
+        """Makes the first state."""
+        self._state = jax.block_until_ready(self.placement.init())
 
     def step(self):
-        """Dispatches one step; returns its loss."""
-        self.state, metrics = self.placement.step(self.state, self._batch)
-        return metrics["loss"]
+        """Dispatches one step; returns its loss and weight."""
+        self._state, metrics = self.placement.step(self._state, self._batch)
+        return metrics["loss"], metrics["weight"]
 
 
 def memory_bytes(compiled):
@@ -146,6 +83,40 @@ def memory_bytes(compiled):
     )
 
 
+def make_runners(model, devices, batch, num_microbatches):
+    """Compiles and starts the rivals, fast and exact on these devices."""
+    fast, exact = (
+        Ours(model, optimizer(), devices, batch, num_microbatches, exact=exact)
+        for exact in (False, True)
+    )
+    mesh = fast.placement.mesh
+    runners = {
+        name: Rival(gradient, fast.recipe, fast.layout, mesh, batch)
+        for name, gradient in RIVALS.items()
+    } | {"fast": fast, "exact": exact}
+    for runner in runners.values():
+        runner.start()
+    return runners
+
+
+def check_same_work(model, devices, batch, num_microbatches, *, num_steps=3):
+    """Compares the first losses and weights of all runners, without dropout.
+
+    Its masks differ from runner to runner, and would hide small differences.
+    """
+    model = dataclasses.replace(model, loss=model.eval_loss)
+    runners = make_runners(model, devices, batch, num_microbatches)
+    for step in range(num_steps):
+        found = {name: jax.device_get(x.step()) for name, x in runners.items()}
+        loss, weight = found["exact"]
+        for name, other in found.items():
+            if not np.isclose(other[0], loss, rtol=1e-3) or other[1] != weight:
+                raise SystemExit(
+                    f"{name}: other work: step {step} has loss and weight {other}, "
+                    f"expected about {loss} and {weight}"
+                )
+
+
 def time_interleaved(runners, *, rounds, steps=1):
     """Times every runner once per round, in turn; seconds per step, by name."""
     for runner in runners.values():
@@ -156,8 +127,8 @@ def time_interleaved(runners, *, rounds, steps=1):
         for name, runner in runners.items():
             start_s = time.perf_counter()
             for _ in range(steps):
-                loss = runner.step()
-            jax.block_until_ready(loss)
+                found = runner.step()
+            jax.block_until_ready(found)
             times[name].append((time.perf_counter() - start_s) / steps)
     return times
 
@@ -170,25 +141,15 @@ def ratio_row(times, name, base):
 
 
 def compare(model, devices, batch, num_microbatches, *, rounds, steps=1):
-    """Prints rival, fast and exact side by side on these devices."""
-    mesh = sk.MeshSpec(data=1, fsdp=-1).build(devices)
-    tx = optimizer()
-    exact = Ours(model, tx, mesh, batch, num_microbatches, exact=True)
-    fast = Ours(model, tx, mesh, batch, num_microbatches, exact=False)
-    plain_mesh = Mesh(np.array(devices), ("fsdp",))
-    rival = HandWritten(model, tx, plain_mesh, batch, num_microbatches, exact.dims)
-    runners = {"hand-written": rival, "fast": fast, "exact": exact}
+    """Prints the rivals, fast and exact side by side on these devices."""
+    runners = make_runners(model, devices, batch, num_microbatches)
     times = time_interleaved(runners, rounds=rounds, steps=steps)
-    for name, runner in runners.items():
-        print(
-            f"| {len(devices)} | {name} | {1e3 * statistics.median(times[name]):.1f} "
-            f"| {ratio_row(times, name, 'hand-written')} "
-            f"| {runner.memory / 2**20:.1f} | {runner.memory / rival.memory:.2f} |",
-            flush=True,
-        )
-
-
-HEADER = (
-    "| devices | | ms a step | time ratio, median [quartiles] | MiB a device | "
-    "memory ratio |\n|---|---|---|---|---|---|"
-)
+    memory = {name: memory_bytes(runner.compiled) for name, runner in runners.items()}
+    for name in runners:
+        cells = [
+            f"{len(devices)} | {name} | {1e3 * statistics.median(times[name]):.1f}",
+            *(ratio_row(times, name, rival) for rival in RIVALS),
+            f"{memory[name] / 2**20:.1f}",
+            *(f"{memory[name] / memory[rival]:.2f}" for rival in RIVALS),
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)

@@ -4,7 +4,7 @@
 
 Runs a GPT in float32 and bfloat16 on one GPU, on all, and through 1-N-1, without any
 determinism flag, and compares every bit; continues a checkpoint in another process;
-then times a step of GPT-2 124M beside a hand-written one.
+then times a step of GPT-2 124M beside hand-written ones.
 """
 
 import argparse
@@ -121,6 +121,10 @@ def time_gpt2(num_gpus, rounds):
     from benchmarks import common
     from models import gpt
 
+    small = gpt.build(scan_layers=True)
+    for count in sorted({1, num_gpus}):
+        devices, batch = jax.devices()[:count], common.random_tokens(16, 128, 256)
+        common.check_same_work(small, devices, batch, 8)
     print(common.HEADER)
     for dtype in ("bfloat16", "float32"):
         model = gpt.build(

@@ -1,10 +1,12 @@
-"""What exactness costs: a step of shardkit beside a hand-written one.
+"""What exactness costs: a step of shardkit beside hand-written ones.
 
     python benchmarks/step_overhead.py [--rounds 15] [--devices 1,2,4,8]
 
-The rival does the same work: the same rows in the same microbatches, `jax.jit` with
-FSDP shardings, donation, the same optimizer, and no determinism flag. All three are
-timed in turn within each round, so that a busy machine disturbs them alike.
+The rivals do the same work, which is checked first: the same rows in the same
+microbatches, state cut alike, donation, the same optimizer, and no determinism flag.
+One is `jax.jit` with shardings, the other a `jax.shard_map` whose loop over
+microbatches needs no other device. All are timed in turn within each round, so that a
+busy machine disturbs them alike.
 """
 
 import argparse
@@ -45,6 +47,7 @@ def main():
     print(common.HEADER)
     for count in map(int, arguments.devices.split(",")):
         devices = jax.devices()[:count]
+        common.check_same_work(model, devices, batch, 24)
         common.compare(model, devices, batch, 24, rounds=arguments.rounds)
 
 

@@ -16,6 +16,7 @@ from problems import (
 )
 
 import shardkit as sk
+from shardkit.elastic import Transition
 from shardkit.placement import Placement
 from shardkit.testing import assert_same_bits, run_digest
 
@@ -171,6 +172,23 @@ def test_certification(make, certify, verdicts):
     phases = {"compile", "move"} | ({"certify"} if verdicts[2] else set())
     assert changes[2]["phases_s"].keys() == phases
     assert changes[1]["bytes_moved"] > 0
+
+
+def test_nothing_compiles_between_the_two_steps_of_a_certificate(make, monkeypatch):
+    # A signal that is heard there would find both states consumed.
+    certify, num_compiled = Transition.certify, []
+
+    def watched(transition, *args):
+        num_compiled.append(len(fields_of(events, "compile")))
+        found = certify(transition, *args)
+        num_compiled.append(len(fields_of(events, "compile")))
+        return found
+
+    monkeypatch.setattr(Transition, "certify", watched)
+    trainer, events = make(certify="always", ema=0.9)
+    consume(trainer, 5, {1: 3, 2: 8, 4: 5})
+    assert len(num_compiled) == 6
+    assert num_compiled[::2] == num_compiled[1::2]
 
 
 def axis_index(axes):
