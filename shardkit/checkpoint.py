@@ -65,17 +65,20 @@ class Checkpoints:
 
     Args:
         config: Where, and how many.
+
+    Attributes:
+        directory: Where, as an absolute path.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self._directory = Path(config.directory).absolute()
+        self.directory = Path(config.directory).absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, enable_async_checkpointing=False
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._abandoned: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -140,7 +143,7 @@ class Checkpoints:
         saved = self.steps() if step is None else sorted(self._manager.all_steps())
         if not saved or (step is not None and step not in saved):
             raise RestoreError(
-                f"{self._directory}: expected a checkpoint"
+                f"{self.directory}: expected a checkpoint"
                 + ("" if step is None else f" of step {step}")
                 + f", found {saved or 'none'}"
             )
@@ -152,7 +155,7 @@ class Checkpoints:
             )
         except Exception as error:
             raise RestoreError(
-                f"{self._directory}: the record of the checkpoint cannot be read: "
+                f"{self.directory}: the record of the checkpoint cannot be read: "
                 f"{error}"
             ) from error
         return found["record"]
@@ -177,7 +180,7 @@ class Checkpoints:
         ]
         if rows:
             raise RestoreError(
-                f"{self._directory}: the checkpoint is of another run\n"
+                f"{self.directory}: the checkpoint is of another run\n"
                 + format_table(rows)
             )
         now = fingerprint()
@@ -195,7 +198,7 @@ class Checkpoints:
                 or damaged.
         """
         layout, mesh = placement.layout, placement.mesh
-        _compare_leaves(record["leaves"], layout, str(self._directory))
+        _compare_leaves(record["leaves"], layout, str(self.directory))
         leaves, treedef = jax.tree.flatten(layout)
         replicated = NamedSharding(mesh, PartitionSpec())
         count = mesh.shape[SHARD_AXIS]
@@ -212,7 +215,7 @@ class Checkpoints:
             )["state"]
         except Exception as error:
             raise RestoreError(
-                f"{self._directory}: step {record['step']} cannot be read: {error}"
+                f"{self.directory}: step {record['step']} cannot be read: {error}"
             ) from error
         # One after the other: a leaf is held twice, not the state.
         state = [_place(found.pop(_name(leaf)), leaf, mesh) for leaf in leaves]
@@ -230,7 +233,7 @@ class Checkpoints:
         ]
         if bad:
             raise RestoreError(
-                f"{self._directory}: step {record['step']} is damaged: {len(bad)} "
+                f"{self.directory}: step {record['step']} is damaged: {len(bad)} "
                 f"leaves are not what was saved: {', '.join(bad[:8])}. Restore another "
                 f"step of {self.steps()}."
             )

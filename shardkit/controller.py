@@ -13,7 +13,7 @@ from jax import Array
 from shardkit.checkpoint import Checkpoints
 from shardkit.digest import combine_digests
 from shardkit.elastic import Placements, Transition
-from shardkit.errors import ConfigError, LostStateError, Preempted
+from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError
 from shardkit.events import EventLog
 from shardkit.membership import Change
 from shardkit.mesh import device_ids
@@ -69,9 +69,16 @@ class Controller:
         """On how many devices the run is, or would begin."""
         return self.live[0].num_devices if self.live else len(self.placements.pool)
 
+    @property
+    def saved_steps(self) -> list[int]:
+        """The steps that can be gone back to, oldest first."""
+        return self._checkpoints.steps() if self._checkpoints is not None else []
+
     def start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
         """Puts the state on devices if it is not on any: fresh, or restored."""
         if self.live is None:
+            if self._record is None:
+                self._check_unused()
             placement = self.placements.on(num_devices or self.num_devices)
             if self._record is None:
                 state = placement.init()
@@ -100,6 +107,8 @@ class Controller:
         old, before = self.start()
         new = self.placements.on(num_devices)
         transition = Transition(old, new)
+        counts = {"from_devices": old.num_devices, "to_devices": new.num_devices}
+        self.events.emit("reconfiguring", step=self.step, **counts)
         old_ids, new_ids = device_ids(old.mesh), device_ids(new.mesh)
         lost = frozenset(old_ids) - frozenset(new_ids) if change.lost else frozenset()
         certify = not lost and (
@@ -208,6 +217,16 @@ class Controller:
 
     def _batch(self) -> Any:
         return self._prefetcher.get(self.step, interrupted=self.wait.interrupted)
+
+    def _check_unused(self) -> None:
+        """Refuses to begin anew among checkpoints, which would soon be overwritten."""
+        steps = self.saved_steps
+        if steps:
+            raise RestoreError(
+                f"{self._saved().directory}: holds steps {steps} of a run. Call "
+                "Trainer.restore() to go on from there, or give a new run another "
+                "directory."
+            )
 
     def _saved(self) -> Checkpoints:
         if self._checkpoints is None:

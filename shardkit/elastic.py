@@ -38,8 +38,8 @@ def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
         processes.setdefault(device.process_index, []).append(device)
     if not len(processes) <= num_devices <= len(pool):
         raise MembershipError(
-            f"expected {len(processes)} to {len(pool)} devices (the pool has "
-            f"{len(pool)} in {len(processes)} processes), found {num_devices}"
+            f"expected {len(processes)} (one for each process) to {len(pool)} devices "
+            f"(the pool), found {num_devices}"
         )
     taken = dict.fromkeys(processes, 0)
     while sum(taken.values()) < num_devices:

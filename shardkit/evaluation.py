@@ -20,10 +20,13 @@ __all__ = ["EvalConfig", "evaluate"]
 class EvalConfig:
     """When and on what a `Trainer` evaluates.
 
+    The loss is the trainer's `eval_loss`; without one it is `loss` as it stands, with
+    its dropout. The result is what `Trainer.evaluate` returns, and an event `"eval"`.
+
     Attributes:
         data: `index → global batch`.
-        every: Steps between evaluations.
-        num_batches: The fixed set is batches 0 to this.
+        every: Steps between evaluations; 0 evaluates only when asked.
+        num_batches: How many batches are the fixed set: `data(0)`, `data(1)`, ….
     """
 
     data: Callable[[int], Any]

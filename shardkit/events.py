@@ -6,6 +6,7 @@ no global one. Listeners are called in the emitting thread, in order.
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,12 @@ class Event:
 
 class EventLog:
     """Collects events and hands each one to the listeners.
+
+    What a `Trainer` emits, and with which fields: `"notice"` (`message`), `"compile"`
+    (`program`), `"reconfiguring"` and `"reconfigure"` (`step`, `from_devices`,
+    `to_devices`, and afterwards the meshes, `bytes_moved`, `phases_s`, `certified`),
+    `"eval"` (`step`, `loss`, the metrics), `"checkpoint"` (`step`), `"rewind"`
+    (`step`, `repeats`). Without a listener notices are logged as warnings.
 
     Example:
         >>> log = EventLog()
@@ -70,5 +77,7 @@ class EventLog:
         )
 
     def _send(self, event: Event) -> None:
+        if event.name == "notice" and not self._listeners:
+            logging.getLogger("shardkit").warning("%s", event.fields["message"])
         for listener in self._listeners:
             listener(event)

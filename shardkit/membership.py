@@ -114,6 +114,8 @@ class _Scripted(_Silent):
             raise MembershipError(
                 "sk.scripted: expected steps from 0 and device counts from 1 to "
                 f"{num_pool}, the size of the pool; found {bad}"
+                + "; emulate more devices on the CPU with "
+                "jax.config.update('jax_num_cpu_devices', 8)" * (num_pool == 1)
             )
 
     def poll(self, step: int, num_devices: int) -> Change | None:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from shardkit.errors import PartitionError
+
 __all__ = ["LossOutput", "Model", "as_loss_output"]
 
 
@@ -52,7 +54,17 @@ class Model:
 
 
 def as_loss_output(value: Any) -> LossOutput:
-    """Turns what a loss returned into float32 sums."""
+    """Turns what a loss returned into float32 sums.
+
+    Raises:
+        PartitionError: If it is neither a scalar nor a `LossOutput`.
+    """
     if not isinstance(value, LossOutput):
+        if not jax.tree_util.all_leaves([value]):
+            raise PartitionError(
+                f"a loss must return a scalar or sk.LossOutput(loss_sum, weight, "
+                f"metrics), found a {type(value).__name__}. Return what else is "
+                "measured as metrics."
+            )
         value = LossOutput(value, jnp.float32(1))
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), value)

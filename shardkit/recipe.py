@@ -266,8 +266,8 @@ class Recipe:
         bad = [(path, str(x.shape)) for path, x in named_leaves(out) if x.shape]
         if bad:
             raise PartitionError(
-                f"{name} must return scalars (sums over its microbatch), found\n"
-                + format_table(bad)
+                f"{name} must return scalars (a mean, or sums in an sk.LossOutput), "
+                "found\n" + format_table(bad)
             )
         taken = _TAKEN & out.metrics.keys()
         if taken:

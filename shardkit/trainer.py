@@ -4,6 +4,7 @@ Owns `Trainer`: what a user gives and gets, and when to step, to reconfigure, to
 evaluate, to save and to stop. The state itself is the controller's.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ class Trainer:
         axis_rules: Logical axis → mesh axis.
         num_microbatches: Into how many equal parts the global batch is cut.
         seed: The seed of everything random.
-        eval_loss: The loss for evaluation; None for `loss`.
+        eval_loss: The loss for evaluation, without dropout; None for `loss` with
+            whatever it draws.
         consistency: `"exact"` keeps every bit whatever the device count; `"fast"`
             lets sums be taken in any order.
         certify: At which changes a step is computed on both placements and compared:
@@ -54,7 +56,8 @@ class Trainer:
         path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
         strict: Whether unannotated leaves and unused rules are errors.
         devices: The pool; None for all devices.
-        events: Where events are sent.
+        events: Where events are sent; None for a log of its own. Notices to which
+            nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
 
     Raises:
@@ -101,6 +104,12 @@ class Trainer:
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
+        _check_call("init", init, "key")
+        _check_call("loss", loss, "params", "microbatch", "key")
+        _check_call("eval_loss", eval_loss or loss, "params", "microbatch", "key")
+        _check_call("data", data, "step")
+        if not isinstance(mesh, MeshSpec | None):
+            raise ConfigError(f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}")
         _check_choice("consistency", consistency, ("exact", "fast"))
         _check_choice("certify", certify, ("always", "first", "off"))
         _check_choice(
@@ -160,6 +169,11 @@ class Trainer:
         return self._controller.placements.compiles()
 
     @property
+    def saved_steps(self) -> list[int]:
+        """The steps that `restore` can go to, oldest first."""
+        return self._controller.saved_steps
+
+    @property
     def state(self) -> TrainState:
         """The state as global arrays without padding, valid until the next step."""
         placement, state = self._controller.start()
@@ -169,6 +183,9 @@ class Trainer:
         self, steps: int, membership: Membership | None = None
     ) -> Iterator[StepMetrics]:
         """Trains until `steps` steps are done, yielding each one step behind.
+
+        A step is yielded when the next one is under way, so that nothing waits for
+        its loss. Leaving the loop early therefore leaves the state a step further on.
 
         Args:
             steps: The absolute end, not a number of further steps.
@@ -181,7 +198,12 @@ class Trainer:
             LostStateError: If shards were lost and there is no checkpoint.
         """
         controller = self._controller
-        membership = membership or scripted({})
+        membership = scripted({}) if membership is None else membership
+        if not hasattr(membership, "poll"):
+            raise MembershipError(
+                "Trainer.run: membership must be made by sk.scripted, sk.signals, "
+                f"sk.watch_file or sk.combine, found {membership!r}"
+            )
         membership.check(len(controller.placements.pool))
         if jax.process_count() > 1 and not membership.is_shared:
             raise MembershipError(
@@ -274,6 +296,26 @@ class Trainer:
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
         self._controller.close()
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_call(name: str, fn: Any, *args: str) -> None:
+    expected = f"Trainer: {name} must be a function of ({', '.join(args)})"
+    if not callable(fn):
+        raise ConfigError(f"{expected}, found {type(fn).__name__}")
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # written in C
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ConfigError(f"{expected}, found {signature}: {error}") from None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

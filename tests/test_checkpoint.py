@@ -228,3 +228,19 @@ def test_a_record_that_cannot_be_read_is_an_error(make, saved):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(sk.RestoreError, match=r"record .* cannot be read"):
         trainer.restore()
+
+
+def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(make, tmp_path):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=2)
+    first, _ = make(checkpoint=checkpoint)
+    assert first.saved_steps == []
+    consume(first, 4)
+    second, events = make(checkpoint=checkpoint)
+    with pytest.raises(sk.RestoreError, match=r"holds steps \[2, 4\].*restore"):
+        consume(second, 4)
+    with pytest.raises(sk.RestoreError, match="another directory"):
+        second.save()
+    assert fields_of(events, "checkpoint") == []
+    assert second.saved_steps == [2, 4]
+    assert second.restore() == 4
+    assert second.state_digest() == first.state_digest()

@@ -9,6 +9,7 @@ from problems import (
     LINEAR_BATCH,
     consume,
     fields_of,
+    linear,
     linear_data,
     linear_errors,
     mean_loss,
@@ -317,6 +318,44 @@ def test_a_batch_unlike_the_first_is_named(make):
 def test_what_does_not_fit_is_refused(make, options, error, message):
     with pytest.raises(error, match=message):
         make(**options)[0].state  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": lambda: {}}, r"init must be .*\(key\), found \(\): too many"),
+        ({"loss": lambda p: 0}, r"loss must be .*\(params, microbatch, key\), found"),
+        ({"eval_loss": lambda x, y: 0}, r"eval_loss must be .*found \(x, y\)"),
+        ({"data": iter(())}, r"data must be .*\(step\), found tuple_iterator"),
+        ({"mesh": 4}, r"mesh must be an sk.MeshSpec, found 4"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(make, options, message):
+    with pytest.raises(sk.ConfigError, match=message):
+        make(**options)
+
+
+def test_a_membership_of_the_wrong_kind_is_named(make):
+    trainer, _ = make()
+    with pytest.raises(sk.MembershipError, match=r"sk\.scripted.*found \{1: 2\}"):
+        list(trainer.run(3, {1: 2}))
+
+
+def test_a_loss_with_something_beside_it_is_told_of_metrics(make):
+    def loss(*args):
+        return mean_loss(*args), {"aux": 1}
+
+    with pytest.raises(sk.PartitionError, match=r"LossOutput.*found a tuple.*metrics"):
+        make(loss=loss)
+
+
+def test_notices_that_nobody_listens_to_are_logged(caplog):
+    rules = {**linear()["axis_rules"], "nobody": "fsdp"}
+    with sk.Trainer(**linear() | {"axis_rules": rules}):
+        pass
+    [record] = caplog.records
+    assert record.name == "shardkit"
+    assert "nobody" in record.message
 
 
 def test_a_script_beyond_the_pool_is_refused_before_anything_runs(make):
