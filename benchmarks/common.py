@@ -56,7 +56,14 @@ class Ours:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         spec = sk.MeshSpec(data=1, fsdp=-1)
         self.placement = Placements(
-            self.recipe, self.layout, spec, devices, abstract, EventLog(), Waiter()
+            self.recipe,
+            self.layout,
+            spec,
+            devices,
+            abstract,
+            abstract,
+            EventLog(),
+            Waiter(),
         ).on(len(devices))
         self._batch = batch
         self.placement.compile()

@@ -130,7 +130,8 @@ class Checkpoints:
             # Without it nothing would be saved, nor said, before an abandoned step.
             force=True,
         )
-        for other in self._abandoned - {step}:
+        # What was kept no longer may be gone already.
+        for other in self._abandoned & set(self._manager.all_steps()) - {step}:
             self._manager.delete(other)
         self._abandoned = set()
 

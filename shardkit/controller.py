@@ -12,7 +12,7 @@ from jax import Array
 
 from shardkit.checkpoint import Checkpoints
 from shardkit.digest import combine_digests
-from shardkit.elastic import Placements, Transition
+from shardkit.elastic import Placements, Transition, differences
 from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError
 from shardkit.events import EventLog
 from shardkit.membership import Change
@@ -36,7 +36,7 @@ class Controller:
         certify: `"always"`, `"first"` or `"off"`.
         stop_on_failure: Whether a failed certificate ends the run.
         events: Where events are sent.
-        wait: What compiles.
+        waiter: What waits for programs and batches.
 
     Attributes:
         step: How many steps are done; the index of the next one.
@@ -53,15 +53,17 @@ class Controller:
         certify: str,
         stop_on_failure: bool,
         events: EventLog,
-        wait: Waiter,
+        waiter: Waiter,
     ) -> None:
-        self.placements, self.events, self.wait = placements, events, wait
+        self.placements, self.events, self.waiter = placements, events, waiter
         self.step = 0
         self.live: tuple[Placement, TrainState] | None = None
         self._prefetcher = Prefetcher(data)
         self._checkpoints, self._manifest = checkpoints, dict(manifest)
-        self._certify, self._stop_on_failure = certify, stop_on_failure
+        self._certifies, self._stop_on_failure = certify, stop_on_failure
         self._record: dict[str, Any] | None = None
+        self._own_steps: set[int] = set()
+        self._is_closed = False
         self._certified: set[tuple[int, ...]] = set()
 
     @property
@@ -109,56 +111,77 @@ class Controller:
         transition = Transition(old, new)
         counts = {"from_devices": old.num_devices, "to_devices": new.num_devices}
         self.events.emit("reconfiguring", step=self.step, **counts)
-        old_ids, new_ids = device_ids(old.mesh), device_ids(new.mesh)
-        lost = frozenset(old_ids) - frozenset(new_ids) if change.lost else frozenset()
-        certify = not lost and (
-            self._certify == "always"
-            or (self._certify == "first" and new_ids not in self._certified)
-        )
-        with transition.phase("compile"):
-            if not new.is_compiled:
-                new.compile()
-            if certify:
+        if change.lost:
+            # First of all, since what is on lost devices cannot even be saved.
+            self._move_what_is_left(before, transition)
+            self._compile(new, transition)
+        elif self._wants_certificate(new):
+            self._compile(new, transition)
+            with transition.phase("compile"):
                 # Between the two steps nothing can be given up: both states are gone.
-                old.compile_digests()
-                new.compile_digests()
-        batch = self._batch() if certify else None
-        try:
-            after = transition.move(before, lost=lost, keep_source=certify)
-        except LostStateError as error:
-            self._rewind(new, error, transition)
-            certify = False
+                for placement in (old, new):
+                    placement.compile()
+                    placement.compile_digests()
+            batch = self._batch()
+            with self.waiter.ignoring():
+                return self._certify(before, batch, transition)
         else:
-            self.live = self.live if certify else (new, after)
-        if not certify:
-            self.events.emit("reconfigure", **transition.report(self.step, None))
-            return None
-        step = self.step
-        stayed, moved, metrics, differing = transition.certify(before, after, batch)
-        if differing:
+            self._compile(new, transition)
+            self.live = new, transition.move(before)
+        self.events.emit("reconfigure", **transition.report(self.step, None))
+        return None
+
+    def _compile(self, placement: Placement, transition: Transition) -> None:
+        with transition.phase("compile"):
+            placement.compile()
+
+    def _wants_certificate(self, new: Placement) -> bool:
+        if self._certifies == "first":
+            return device_ids(new.mesh) not in self._certified
+        return self._certifies == "always"
+
+    def _certify(
+        self, before: TrainState, batch: Any, transition: Transition
+    ) -> dict[str, Array]:
+        """Computes a step on both placements, and goes on with the new one."""
+        old, new, step = transition.old, transition.new, self.step
+        after = transition.move(before, keep_source=True)
+        with transition.phase("certify"):
+            stayed, expected = old.step(before, batch)
+            # Whatever happens to the other, this state is whole.
             self.live, self.step = (old, stayed), step + 1
+            wanted = old.digest(stayed)
+            moved, metrics = new.step(after, batch)
+            found = new.digest(moved)
+        differing = differences(found, wanted, metrics, expected)
+        if differing:
             failure = transition.failure(differing, step)
             if self._stop_on_failure:
                 raise failure
             self.events.emit("notice", message=str(failure))
-        self.live, self.step = (new, moved), step + 1
-        self._certified |= {old_ids, new_ids}
+        else:
+            self._certified |= {device_ids(old.mesh), device_ids(new.mesh)}
+        self.live = new, moved
         self.events.emit("reconfigure", **transition.report(step, not differing))
         return metrics
 
-    def _rewind(
-        self, new: Placement, error: LostStateError, transition: Transition
-    ) -> None:
-        """Goes back to the newest checkpoint, since shards are gone."""
-        if self._checkpoints is None or not self._checkpoints.steps():
-            raise error
+    def _move_what_is_left(self, before: TrainState, transition: Transition) -> None:
+        """Moves the surviving shards, or goes back to the newest checkpoint."""
+        old, new = transition.old, transition.new
+        lost = frozenset(device_ids(old.mesh)) - frozenset(device_ids(new.mesh))
+        try:
+            self.live = new, transition.move(before, lost=lost)
+            return
+        except LostStateError:
+            if not self.saved_steps:
+                raise
+        at = self.step
+        # Nothing is live until it is read, so that nothing half-read can be saved.
+        self.restore(None)
         with transition.phase("restore"):
-            record = self._checkpoints.record()
-            state = self._checkpoints.load(record, new)
-        repeated = self.step - record["step"]
-        self.live, self.step = (new, state), record["step"]
-        self.events.emit("rewind", step=self.step, repeats=repeated)
-        message = f"lost shards: step {self.step} restored, {repeated} to repeat"
+            self.start(new.num_devices)
+        self.events.emit("rewind", step=self.step, repeats=at - self.step)
+        message = f"lost shards: step {self.step} restored, {at - self.step} to repeat"
         self.events.emit("notice", message=message)
 
     def digest(self) -> str:
@@ -167,16 +190,23 @@ class Controller:
         return combine_digests(placement.digest(state), placement.layout)
 
     def save(self) -> None:
-        """Saves the state, unless this very step is saved already.
+        """Saves the state, unless this run has saved this very step already.
 
         Raises:
             ConfigError: If there is nowhere to.
+            RestoreError: If another run has saved there meanwhile.
         """
         checkpoints = self._saved()
         placement, state = self.start()
-        if self.step not in checkpoints.steps():
+        if self.step not in self._own_steps:
+            if self.step in checkpoints.steps():
+                raise RestoreError(
+                    f"{checkpoints.directory}: step {self.step} has been saved by "
+                    "another run meanwhile. Give every run a directory of its own."
+                )
             digests = placement.digest(state)
             checkpoints.save(self.step, state, placement, digests, self._manifest)
+            self._own_steps.add(self.step)
         self.events.emit("checkpoint", step=self.step)
 
     def restore(self, step: int | None) -> int:
@@ -188,14 +218,13 @@ class Controller:
             message = "bits may differ from the run that saved: " + ", ".join(changed)
             self.events.emit("notice", message=message)
         checkpoints.go_back(record["step"])
+        self._own_steps = {record["step"]}
         self._record, self.live = record, None
         self.step = record["step"]
         return self.step
 
     def leave(self) -> None:
         """Saves if there is where to and what, and stops."""
-        # Asked once is enough: saving must not be given up.
-        self.wait.ignore()
         if self._checkpoints is None:
             raise Preempted(
                 f"asked to leave before step {self.step}; nothing is saved, since the "
@@ -205,7 +234,8 @@ class Controller:
             raise Preempted(
                 f"asked to leave; nothing has changed since step {self.step}"
             )
-        self.save()
+        with self.waiter.ignoring():
+            self.save()
         raise Preempted(f"asked to leave; step {self.step} is saved")
 
     def close(self) -> None:
@@ -214,9 +244,10 @@ class Controller:
         if self._checkpoints is not None:
             self._checkpoints.close()
             self._checkpoints = None
+            self._is_closed = True
 
     def _batch(self) -> Any:
-        return self._prefetcher.get(self.step, interrupted=self.wait.interrupted)
+        return self._prefetcher.get(self.step, check=self.waiter.check)
 
     def _check_unused(self) -> None:
         """Refuses to begin anew among checkpoints, which would soon be overwritten."""
@@ -230,6 +261,8 @@ class Controller:
 
     def _saved(self) -> Checkpoints:
         if self._checkpoints is None:
+            if self._is_closed:
+                raise ConfigError("Trainer: closed; it neither saves nor restores")
             raise ConfigError(
                 "Trainer: made without checkpoint=CheckpointConfig(...), so it can "
                 "neither save nor restore"

@@ -1,14 +1,13 @@
-"""The order of a reconfiguration.
+"""What a change of devices consists of.
 
-Owns the change from one placement to another: derive the new one, compile, move the
-state, and certify that both compute the same bits. Invariant: a state is on exactly
-one placement when a method returns, and it is the state that was. Which change to
-make, and when, is the trainer's business.
+Owns the placements of a run, which devices of the pool they take, and the parts of a
+change from one to another. Invariant: a state that was moved is, to the bit, the state
+that was. In which order the parts are done is the controller's business.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from shardkit.reshard import reshard
 from shardkit.state import TrainState
 from shardkit.waits import Waiter
 
-__all__ = ["Placements", "Transition", "ask", "choose_devices"]
+__all__ = ["Placements", "Transition", "ask", "choose_devices", "differences"]
 
 
 def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
@@ -57,8 +56,9 @@ class Placements:
         spec: The mesh that is asked for.
         pool: All devices there are.
         batch: The global batch, abstractly.
+        eval_batch: A global batch to evaluate on; the very same object for one alike.
         events: Where compilations and decisions are recorded.
-        wait: What compiles.
+        waiter: What waits for programs.
 
     Attributes:
         recipe: What is computed.
@@ -76,8 +76,9 @@ class Placements:
         spec: MeshSpec,
         pool: Sequence[Any],
         batch: Any,
+        eval_batch: Any,
         events: EventLog,
-        wait: Waiter,
+        waiter: Waiter,
     ) -> None:
         # A mesh that fits on no devices should fail before anything runs.
         sizes = spec.sizes(len(pool))
@@ -89,9 +90,9 @@ class Placements:
             )
         self.recipe, self.pool = recipe, list(pool)
         self._layout, self._spec = layout, spec
-        self._batch, self._events, self._wait = batch, events, wait
+        self._batch, self._events, self._waiter = batch, events, waiter
         params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
-        self._outputs = recipe.output_structure(params, batch)
+        self._outputs = recipe.output_structure(params, batch, eval_batch)
         self._known: dict[Any, Placement] = {}
 
     def on(self, num_devices: int) -> Placement:
@@ -108,7 +109,7 @@ class Placements:
                 self._batch,
                 self._outputs,
                 self._events,
-                self._wait,
+                self._waiter,
             )
         return self._known[key]
 
@@ -139,6 +140,23 @@ def ask(
         return Change()
 
 
+def differences(
+    found: Mapping[str, np.ndarray],
+    wanted: Mapping[str, np.ndarray],
+    metrics: Mapping[str, Any],
+    expected: Mapping[str, Any],
+) -> list[str]:
+    """Names the leaves whose digests differ, and the metrics whose bits do."""
+    differing = [
+        path for path, lanes in found.items() if not np.array_equal(lanes, wanted[path])
+    ]
+    return differing + [
+        f"metrics/{name}"
+        for name, value in metrics.items()
+        if np.asarray(value).tobytes() != np.asarray(expected[name]).tobytes()
+    ]
+
+
 class Transition:
     """One change of placement, timed phase by phase.
 
@@ -161,7 +179,11 @@ class Transition:
         self.phases_s[name] = self.phases_s.get(name, 0.0) + spent_s
 
     def move(
-        self, state: TrainState, *, lost: frozenset[int], keep_source: bool
+        self,
+        state: TrainState,
+        *,
+        lost: frozenset[int] = frozenset(),
+        keep_source: bool = False,
     ) -> TrainState:
         """Moves the state.
 
@@ -179,35 +201,6 @@ class Transition:
             )
         self.bytes_moved = moved.bytes_moved
         return moved.tree
-
-    def certify(
-        self, before: TrainState, after: TrainState, batch: Any
-    ) -> tuple[TrainState, TrainState, dict[str, Any], list[str]]:
-        """Computes one step on both placements and compares all bits.
-
-        Both states are consumed.
-
-        Returns:
-            The state after the step on the old placement and on the new one, the
-            step's metrics, and the leaves and metrics that differ.
-        """
-        results = []
-        with self.phase("certify"):
-            for placement, state in ((self.old, before), (self.new, after)):
-                state, metrics = placement.step(state, batch)
-                results.append((placement.digest(state), state, metrics))
-        (old_digest, stayed, old_metrics), (new_digest, moved, metrics) = results
-        differing = [
-            path
-            for path, lanes in new_digest.items()
-            if not np.array_equal(lanes, old_digest[path])
-        ]
-        differing += [
-            f"metrics/{name}"
-            for name, value in metrics.items()
-            if np.asarray(value).tobytes() != np.asarray(old_metrics[name]).tobytes()
-        ]
-        return stayed, moved, metrics, differing
 
     def report(self, step: int, certified: bool | None) -> dict[str, Any]:
         """Describes the change, as the event `reconfigure` has it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shardkit.batch import check_batch
-from shardkit.errors import ConfigError
+from shardkit.errors import ConfigError, NonFiniteError
 from shardkit.placement import Placement
 from shardkit.state import TrainState
 
@@ -46,7 +46,7 @@ def evaluate(
     placement: Placement,
     state: TrainState,
     step: int,
-    interrupted: Callable[[], None],
+    data: Callable[[int], Any],
 ) -> dict[str, float]:
     """Evaluates parameters where they are, or their average if there is one.
 
@@ -55,19 +55,26 @@ def evaluate(
         placement: Where the state is.
         state: As it lies there.
         step: The step, for the random keys of a loss that draws.
-        interrupted: Called between batches; raises to give up.
+        data: What gets a batch of the set; it may raise to give up.
 
     Returns:
         The loss and the metrics, each Σ / Σ weight over the set.
+
+    Raises:
+        NonFiniteError: If there is nothing to divide by.
     """
     params = state.params if state.ema is None else state.ema
     num = placement.recipe.num_microbatches
     totals: dict[str, float] = {}
     for index in range(config.num_batches):
-        interrupted()
-        batch = config.data(index)
+        batch = data(index)
         check_batch(batch, num_microbatches=num, where=f"eval data({index})")
         for name, value in placement.evaluate(params, batch, step, index).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     weight = totals.pop("weight")
+    if weight == 0:
+        raise NonFiniteError(
+            f"evaluation at step {step}: the weight of all {config.num_batches} "
+            "batches together is 0. Evaluate on data with something to count."
+        )
     return {name: total / weight for name, total in totals.items()}

@@ -1,9 +1,9 @@
 """Operations that cannot keep their bits, found before anything is compiled.
 
-Owns two lists: what is refused anywhere in exact mode, since its bits follow the
-sharding or host code, and what is refused on GPUs, where a scatter that adds to one
-place from several threads adds in whatever order the threads come. It changes no
-program.
+Owns two lists: what init, losses and updates may not hold in exact mode, since its
+bits follow the sharding or host code, and what is refused on GPUs, where a scatter
+that adds to one place from several threads adds in whatever order the threads come.
+It changes no program.
 """
 
 import os
@@ -64,7 +64,7 @@ def _refusals(eqn: Any) -> list[tuple[str, str]]:
     """Lists `(operation, reason)` for one equation."""
     name = eqn.primitive.name
     found = [(name, _REFUSED[name])] if name in _REFUSED else []
-    for var in eqn.outvars:
+    for var in (*eqn.invars, *eqn.outvars):
         kind = str(getattr(var.aval, "dtype", ""))
         if kind.startswith("key<") and kind != _EXACT_KEY:
             found.append((f"{name} of {kind}", _REFUSED["rng_bit_generator"]))

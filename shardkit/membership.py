@@ -69,7 +69,11 @@ class Membership(Protocol):
         ...
 
     def leaving(self) -> bool:
-        """Whether to save and stop as soon as possible; asked during long waits."""
+        """Whether to save and stop as soon as possible; asked during long waits.
+
+        Where `is_shared`, it must never be true, since processes wait for different
+        times.
+        """
         ...
 
     def check(self, num_pool: int) -> None:
@@ -226,6 +230,7 @@ class _Combined:
 
     def __init__(self, sources: tuple[Membership, ...]) -> None:
         self._sources = sources
+        self._untold: list[MembershipError] = []
 
     def start(self) -> Callable[[], None]:
         stops = [source.start() for source in self._sources]
@@ -244,8 +249,17 @@ class _Combined:
             source.check(num_pool)
 
     def poll(self, step: int, num_devices: int) -> Change | None:
-        changes = [source.poll(step, num_devices) for source in self._sources]
-        found = [change for change in changes if change is not None]
+        found = []
+        for source in self._sources:
+            try:
+                change = source.poll(step, num_devices)
+            except MembershipError as error:
+                # Others may ask only once, so that they are heard first.
+                self._untold.append(error)
+            else:
+                found += [] if change is None else [change]
+        if self._untold and not found:
+            raise self._untold.pop(0)
         leaving = [change for change in found if change.leave]
         moving = [c for c in found if c.num_devices not in (None, num_devices)]
         return next(iter([*leaving, *reversed(moving)]), None)

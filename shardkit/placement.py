@@ -26,7 +26,7 @@ from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
-from shardkit.program import Program
+from shardkit.program import Program, in_this_context
 from shardkit.recipe import Recipe
 from shardkit.rounding import opaque_zero
 from shardkit.state import TrainState
@@ -45,7 +45,7 @@ class Placement:
         batch: The global batch, abstractly.
         outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
-        wait: What compiles.
+        waiter: What waits for programs.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Placement:
         batch: Any,
         outputs: tuple[Any, Any],
         events: EventLog,
-        wait: Waiter,
+        waiter: Waiter,
     ) -> None:
-        self._wait = wait
+        self._waiter = waiter
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         self.grid = Grid(
             recipe.num_microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
@@ -112,14 +112,13 @@ class Placement:
         """Compiles the step; it may take minutes, and touches no state."""
         state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
         step = self.programs["step"]
-        self.executable = self._wait(
-            lambda: step.compile(state, self._slots, self.root)
-        )
+        if not self.is_compiled:
+            self.executable = self._ready(step, state, self._slots, self.root)
 
     def compile_digests(self) -> None:
         """Compiles what `digest` needs, which then waits for nothing."""
         for leaf in jax.tree.leaves(self.layout):
-            self._ready(self._digester(leaf), leaf.physical(self.mesh))
+            self._ready(*self._digester(leaf))
 
     def step(
         self, state: TrainState, batch: Any
@@ -133,8 +132,7 @@ class Placement:
             state: On this mesh.
             batch: The global batch, in host memory.
         """
-        if not self.is_compiled:
-            self.compile()
+        self.compile()
         out = self.executable(state, self.place_batch(batch), self.root)
         if not self._has_run:
             self._has_run = True
@@ -166,20 +164,24 @@ class Placement:
         # Each is waited for: programs with collectives that do not depend on one
         # another can hold all threads of the CPU backend, each waiting for its rest.
         return {
-            leaf.path: np.asarray(self._call(self._digester(leaf), x))
+            leaf.path: np.asarray(self._ready(*self._digester(leaf))(x))
             for leaf, x in leaves
         }
 
     def _ready(self, program: Program, *args: Any) -> Any:
         """Returns an executable, compiling so that a signal is heard."""
         found = program.find(*args)
-        return found or self._wait(lambda: program.compile(*args))
+        return found or self._waiter(in_this_context(lambda: program.compile(*args)))
 
     def _call(self, program: Program, *args: Any) -> Any:
         return self._ready(program, *args)(*args)
 
-    def _digester(self, leaf: LeafLayout) -> Program:
-        """Returns the program for leaves of one shape; a state has few shapes."""
+    def _digester(self, leaf: LeafLayout) -> tuple[Program, jax.ShapeDtypeStruct]:
+        """Returns the program for leaves like this one, and what it is compiled for.
+
+        A state has few shapes. What a step returns can name its sharding otherwise,
+        where an axis has one device, and would not be found again.
+        """
         key = f"digest {leaf.shape} {leaf.dim}"
         if key not in self.programs:
             whole = NamedSharding(self.mesh, PartitionSpec())
@@ -188,7 +190,7 @@ class Placement:
                 return lax.with_sharding_constraint(leaf_digest(x, leaf), whole)
 
             self.programs[key] = Program(digest, name="digest", exact=False)
-        return self.programs[key]
+        return self.programs[key], leaf.physical(self.mesh)
 
     def logical(self, state: TrainState) -> TrainState:
         """Drops the padding; leaves without any are the very same arrays."""

@@ -62,14 +62,14 @@ class Prefetcher(Generic[T]):
         step: int,
         *,
         timeout_s: float = 600.0,
-        interrupted: Callable[[], None] = lambda: None,
+        check: Callable[[], None] = lambda: None,
     ) -> T:
         """Returns `fn(step)`, waiting for it if need be, or raises what it raised.
 
         Args:
             step: Which.
             timeout_s: How long to wait.
-            interrupted: Called now and then while waiting; raises to give up.
+            check: Called now and then while waiting; raises to give up.
 
         Raises:
             DataError: If nothing came within `timeout_s`, or the prefetcher is closed.
@@ -99,7 +99,7 @@ class Prefetcher(Generic[T]):
                     f"{timeout_s:g} s, found nothing yet. See what its function waits "
                     "for (a slow or lost file system?), or raise timeout_s."
                 )
-            interrupted()
+            check()
         if error is not None:
             # A second attempt is then a seek, and calls fn anew.
             raise error

@@ -12,6 +12,7 @@ place that reaches into MLIR; `tests/test_program.py` says for which versions.
 """
 
 import collections
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from jaxlib.mlir import passmanager
 from shardkit.events import EventLog
 from shardkit.inexact import check_atomics
 
-__all__ = ["Program", "remove_duplicates"]
+__all__ = ["Program", "in_this_context", "remove_duplicates"]
 
 # Kernels are else chosen by timing them, so that another process, or a product that
 # another device count fuses otherwise, can get other kernels and bits. Without, the
@@ -31,6 +32,35 @@ __all__ = ["Program", "remove_duplicates"]
 _EXACT_OPTIONS: dict[str, Any] = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 }
+
+
+def in_this_context(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Lets work that runs in another thread see the settings of this one.
+
+    JAX keeps what a `with` block sets per thread; numbers would else depend on who
+    compiles. These are the settings that change numbers, but for `jax_enable_x64`,
+    which changes the dtypes that a program is called with.
+
+    Example:
+        >>> with jax.default_matmul_precision("highest"):
+        ...     work = in_this_context(lambda: jax.config.jax_default_matmul_precision)
+        >>> work()
+        'highest'
+    """
+    managers = {
+        "jax_default_matmul_precision": jax.default_matmul_precision,
+        "jax_numpy_dtype_promotion": jax.numpy_dtype_promotion,
+        "jax_numpy_rank_promotion": jax.numpy_rank_promotion,
+    }
+    values = {name: getattr(jax.config, name) for name in managers}
+
+    def run() -> Any:
+        with contextlib.ExitStack() as stack:
+            for name, manager in managers.items():
+                stack.enter_context(manager(values[name]))
+            return work()
+
+    return run
 
 
 def remove_duplicates(lowered: jax.stages.Lowered) -> None:

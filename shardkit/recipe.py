@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from shardkit.errors import InexactError, PartitionError
-from shardkit.exact_sum import INITIAL_EXPONENT
+from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
 from shardkit.keys import stream
 from shardkit.localize import Localizer
@@ -97,6 +97,11 @@ class Recipe:
     ema: float | None = None
     loss_scale: LossScale | None = None
 
+    def __post_init__(self) -> None:
+        if self.exact:
+            # Refuses what its grid has no room for.
+            Accumulator(self.num_microbatches)
+
     def first_state(self, root: PRNGKeyArray) -> TrainState:
         """Computes the state before step 0, whole."""
         params = strip(self.init(stream(root, "init")))
@@ -174,7 +179,9 @@ class Recipe:
         names = leaf_axes(annotated, path_rules)
         used = {name for leaf in names if leaf for name in leaf if name}
         warnings = check_rules(axis_rules, used, strict=strict)
-        abstract = jax.eval_shape(self.first_state, key)
+        traced, abstract = jax.make_jaxpr(self.first_state, return_shape=True)(key)
+        if self.exact:
+            check_operations(traced, "init")
         leaves = named_leaves(abstract.params)
         _check_dtypes(leaves)
         param_dims = jax.tree.structure(abstract.params).unflatten(
@@ -219,18 +226,32 @@ class Recipe:
         jax.eval_shape(trace, *shapes)
         return found
 
-    def output_structure(self, params: Any, batch: Any) -> tuple[Any, Any]:
+    def output_structure(
+        self, params: Any, batch: Any, eval_batch: Any
+    ) -> tuple[Any, Any]:
         """Returns the structure of what `loss` and `eval_loss` return.
 
         Args:
             params: Abstract parameters.
             batch: An abstract global batch.
+            eval_batch: Another, to evaluate on.
 
         Raises:
             PartitionError: If a loss returns anything but scalars, or a metric whose
                 name is taken.
             InexactError: If a loss cannot keep its bits.
         """
+        train = self._loss_structure("loss", self.loss, params, batch)
+        if self.eval_loss is None and eval_batch is batch:
+            return train, train
+        name = "loss" if self.eval_loss is None else "eval_loss"
+        return train, self._loss_structure(
+            name, self.eval_loss or self.loss, params, eval_batch
+        )
+
+    def _loss_structure(
+        self, name: str, loss: Callable[..., Any], params: Any, batch: Any
+    ) -> Any:
         microbatch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 (x.shape[0] // self.num_microbatches, *x.shape[1:]),
@@ -238,16 +259,6 @@ class Recipe:
             ),
             batch,
         )
-        train = self._loss_structure("loss", self.loss, params, microbatch)
-        if self.eval_loss is None:
-            return train, train
-        return train, self._loss_structure(
-            "eval_loss", self.eval_loss, params, microbatch
-        )
-
-    def _loss_structure(
-        self, name: str, loss: Callable[..., Any], params: Any, microbatch: Any
-    ) -> Any:
         args = params, microbatch, jax.eval_shape(lambda: jax.random.key(0))
 
         def output(*args: Any) -> LossOutput:
@@ -275,10 +286,10 @@ class Recipe:
                 f"{name}: the metrics {sorted(taken)} exist already; rename yours"
             )
         if self.exact:
-            # The gradient's own rules, which may do other things, are searched too.
+            # The gradient has rules of its own, which may do other things.
             gradient = jax.grad(lambda *args: output(*args).loss_sum)
-            traced = output if name == "eval_loss" else gradient
-            check_operations(jax.make_jaxpr(traced)(*args), name)
+            for traced in (output, gradient) if name == "loss" else (output,):
+                check_operations(jax.make_jaxpr(traced)(*args), name)
         return jax.tree.structure(out)
 
 

@@ -65,11 +65,14 @@ def reshard(
         if plan is None or (lost and not array.is_fully_addressable)
     ]
     if missing:
+        is_local = all(array.is_fully_addressable for array in leaves)
         raise LostStateError(
             f"the shards of {len(missing)} leaves went with devices {sorted(lost)} and "
-            f"no replica is left: {', '.join(missing[:5])}"
+            + ("no replica is left: " if is_local else "replicas cannot be reached: ")
+            + ", ".join(missing[:5])
             + (", …" if len(missing) > 5 else "")
-            + ". Go on from a checkpoint, or keep replicas (data > 1)."
+            + ". Go on from a checkpoint"
+            + (", or keep replicas (data > 1)." if is_local else ".")
         )
     moved, total = [], 0
     for array, leaf, plan in zip(leaves, layouts, plans, strict=True):

@@ -43,7 +43,8 @@ class Shards:
     def join(self, pieces: Array, dim: int, size: int) -> Array:
         """Undoes `split`, dropping the padding of a dim of `size`."""
         x = jnp.moveaxis(pieces, 0, dim)
-        x = x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+        length = x.shape[dim] * x.shape[dim + 1]
+        x = x.reshape(*x.shape[:dim], length, *x.shape[dim + 2 :])
         return lax.slice_in_dim(x, 0, size, axis=dim)
 
     def all_gather(self, x: Array) -> Array:

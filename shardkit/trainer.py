@@ -4,8 +4,9 @@ Owns `Trainer`: what a user gives and gets, and when to step, to reconfigure, to
 evaluate, to save and to stop. The state itself is the controller's.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,10 @@ from shardkit.logical_axes import AxisRules
 from shardkit.membership import Membership, scripted
 from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
+from shardkit.prefetch import Prefetcher
 from shardkit.recipe import LossScale, Recipe
 from shardkit.state import TrainState
-from shardkit.waits import Waiter
+from shardkit.waits import GivenUp, Waiter
 
 __all__ = ["Trainer"]
 
@@ -37,7 +39,8 @@ class Trainer:
         loss: `(params, microbatch, key) → scalar or LossOutput`; ordinary
             single-device code.
         tx: Any optax transformation.
-        data: `step → global batch`, a tree of arrays with the examples in dim 0.
+        data: `step → global batch`, arrays in a dict, nested or not, with the
+            examples in dim 0.
         mesh: The mesh that is asked for.
         axis_rules: Logical axis → mesh axis.
         num_microbatches: Into how many equal parts the global batch is cut.
@@ -136,18 +139,25 @@ class Trainer:
         pool = list(jax.devices() if devices is None else devices)
         first = data(0)
         check_batch(first, num_microbatches=num_microbatches, where="data(0)")
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
+        like = _abstract(first)
 
         def checked(step: int) -> Any:
             batch = data(step)
             check_alike(batch, like, where=f"data({step})")
             return batch
 
-        wait = Waiter()
+        waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
         self._controller = Controller(
             placements=Placements(
-                self._recipe, layout, mesh or MeshSpec(), pool, like, self.events, wait
+                self._recipe,
+                layout,
+                mesh or MeshSpec(),
+                pool,
+                like,
+                _abstract(eval.data(0)) if eval else like,
+                self.events,
+                waiter,
             ),
             data=checked,
             checkpoints=Checkpoints(checkpoint) if checkpoint else None,
@@ -155,8 +165,9 @@ class Trainer:
             certify=certify if consistency == "exact" else "off",
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
-            wait=wait,
+            waiter=waiter,
         )
+        self._eval_data = Prefetcher(eval.data) if eval else None
 
     @property
     def step(self) -> int:
@@ -211,31 +222,45 @@ class Trainer:
                 "watched files cannot promise; use sk.scripted there"
             )
 
-        def give_up() -> None:
-            if membership.leaving():
-                controller.leave()
-
         stop = membership.start()
-        controller.wait.interrupted = give_up
+        metrics = self._run(steps, membership)
         try:
-            yield from self._run(steps, membership)
+            while True:
+                # What the caller does between two steps is never given up.
+                with controller.waiter.listening(membership.leaving):
+                    found = next(metrics, None)
+                if found is None:
+                    return
+                yield found
         finally:
-            controller.wait.ignore()
+            metrics.close()
             stop()
 
-    def _run(self, steps: int, membership: Membership) -> Iterator[StepMetrics]:
+    def _run(
+        self, steps: int, membership: Membership
+    ) -> Generator[StepMetrics, None, None]:
         pending = Pending(check_gradients=self._recipe.loss_scale is None)
+        try:
+            yield from self._steps(steps, membership, pending)
+        except GivenUp:
+            # Only what has been looked at is saved.
+            yield from pending.flush()
+            self._controller.leave()
+
+    def _steps(
+        self, steps: int, membership: Membership, pending: Pending
+    ) -> Iterator[StepMetrics]:
         controller = self._controller
+        pool = controller.placements.pool
         while controller.step < steps:
             count = controller.num_devices
-            pool = controller.placements.pool
             change = ask(membership, controller.step, count, pool, self.events)
+            if change.leave:
+                raise GivenUp
             wanted = change.num_devices or count
             moves = controller.live is not None and wanted != count
-            if moves or change.leave:
+            if moves:
                 yield from pending.flush()
-            if change.leave:
-                controller.leave()
             controller.start(wanted)
             metrics = controller.reconfigure(wanted, change) if moves else None
             if metrics is None:
@@ -259,11 +284,13 @@ class Trainer:
         Raises:
             ConfigError: If the trainer was made without `eval`.
         """
-        if self._eval is None:
+        if self._eval is None or self._eval_data is None:
             raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
         placement, state = self._controller.start()
-        heard = self._controller.wait.interrupted
-        result = evaluate(self._eval, placement, state, self.step, heard)
+        get = functools.partial(
+            self._eval_data.get, check=self._controller.waiter.check
+        )
+        result = evaluate(self._eval, placement, state, self.step, get)
         self.events.emit("eval", step=self.step, **result)
         return result
 
@@ -296,12 +323,18 @@ class Trainer:
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
         self._controller.close()
+        if self._eval_data is not None:
+            self._eval_data.close()
 
     def __enter__(self) -> "Trainer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _abstract(batch: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
 def _check_call(name: str, fn: Any, *args: str) -> None:

@@ -1,39 +1,50 @@
-"""Waits during which a signal is heard.
+"""Waits during which a request to leave is heard.
 
 Owns `Waiter`: long work that does not return to Python, such as compiling, goes on in
-a thread while the caller looks now and then whether it should give up. It knows
-nothing of signals.
+a thread while the caller looks now and then whether to give up. Invariant: giving up
+only ever raises `GivenUp`; what to do then is decided where it is caught.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any
 
-__all__ = ["POLL_S", "Waiter"]
+__all__ = ["POLL_S", "GivenUp", "Waiter"]
 
 POLL_S = 0.1
 """How often a wait looks up."""
 
 
+class GivenUp(Exception):
+    """A wait was given up, since somebody asked to leave."""
+
+
 class Waiter:
     """Runs work, and gives up waiting for it when asked to.
 
-    Attributes:
-        interrupted: Called now and then while work goes on; raises to give up.
-
     Example:
-        >>> Waiter()(lambda: 6 * 7)
+        >>> waiter = Waiter()
+        >>> waiter(lambda: 6 * 7)
         42
+        >>> with waiter.listening(lambda: True):
+        ...     waiter.check()
+        Traceback (most recent call last):
+        ...
+        shardkit.waits.GivenUp
     """
 
     def __init__(self) -> None:
-        self.interrupted: Callable[[], None] = _go_on
+        self._is_asked: Callable[[], bool] | None = None
 
     def __call__(self, work: Callable[[], Any]) -> Any:
         """Returns what `work` returns, or raises what it raises.
 
         What is given up goes on in its thread, unheard.
+
+        Raises:
+            GivenUp: If asked to.
         """
         future: Future[Any] = Future()
 
@@ -46,13 +57,28 @@ class Waiter:
         # Not a daemon: an interpreter that ends while XLA compiles would crash.
         Thread(target=run).start()
         while not wait([future], timeout=POLL_S).done:
-            self.interrupted()
+            self.check()
         return future.result()
 
-    def ignore(self) -> None:
-        """Gives up nothing from now on."""
-        self.interrupted = _go_on
+    def check(self) -> None:
+        """Raises `GivenUp` if asked to; called now and then by whoever waits."""
+        if self._is_asked is not None and self._is_asked():
+            raise GivenUp
 
+    @contextlib.contextmanager
+    def listening(self, is_asked: Callable[[], bool]) -> Iterator[None]:
+        """Gives up when `is_asked`, within the block."""
+        before, self._is_asked = self._is_asked, is_asked
+        try:
+            yield
+        finally:
+            self._is_asked = before
 
-def _go_on() -> None:
-    """What is called when nobody can ask to give up."""
+    @contextlib.contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Gives up nothing, within the block, which must be done whole."""
+        before, self._is_asked = self._is_asked, None
+        try:
+            yield
+        finally:
+            self._is_asked = before

@@ -244,3 +244,33 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(make, tmp_pat
     assert second.saved_steps == [2, 4]
     assert second.restore() == 4
     assert second.state_digest() == first.state_digest()
+
+
+def test_another_run_that_saves_meanwhile_is_not_taken_for_this_one(make, tmp_path):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    first, _ = make(checkpoint=checkpoint)
+    second, events = make(checkpoint=checkpoint, tx=optax.sgd(0.5))
+    consume(first, 2)
+    consume(second, 2)
+    first.save()
+    second._controller._checkpoints._manager.reload()
+    with pytest.raises(sk.RestoreError, match="step 2 has been saved by another run"):
+        second.save()
+    assert fields_of(events, "checkpoint") == []
+
+
+def test_what_was_kept_no_longer_need_not_be_deleted(make, tmp_path):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=2, keep=None)
+    consume(make(checkpoint=checkpoint)[0], 4)
+    again, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path, keep=1))
+    again.restore(2)
+    consume(again, 3)
+    again.save()
+    assert again.saved_steps == [3]
+
+
+def test_after_closing_the_message_is_true(make, tmp_path):
+    trainer, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path))
+    trainer.close()
+    with pytest.raises(sk.ConfigError, match="closed"):
+        trainer.save()

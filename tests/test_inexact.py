@@ -57,6 +57,40 @@ def test_a_loss_that_cannot_be_exact_is_refused_with_its_line(make, name):
     make(loss=BAD[name], consistency="fast")
 
 
+@jax.custom_vjp
+def host_in_value(x):
+    return host(x)
+
+
+host_in_value.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+def test_a_loss_is_searched_without_its_gradient_too(make):
+    def loss(*args):
+        return host_in_value(mean_loss(*args))
+
+    with pytest.raises(InexactError, match=r"^loss cannot be exact.*\n.*pure_callback"):
+        make(loss=loss)
+
+
+def test_a_key_from_outside_is_seen(make):
+    key = jax.random.key(0, impl="rbg")
+
+    def loss(*args):
+        return mean_loss(*args) * jax.random.uniform(key)
+
+    with pytest.raises(InexactError, match=r"key<rbg>"):
+        make(loss=loss)
+
+
+def test_the_first_state_is_searched(make):
+    def init(key):
+        return {"kernel": host(jnp.ones((5, 3))), "bias": jnp.ones(3)}
+
+    with pytest.raises(InexactError, match=r"^init cannot be exact"):
+        make(init=init)
+
+
 def test_an_evaluation_loss_is_searched_too(make):
     with pytest.raises(InexactError, match=r"^eval_loss cannot be exact"):
         make(eval_loss=with_callback)

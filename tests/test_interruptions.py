@@ -196,11 +196,121 @@ def test_sigterm_is_heard_while_a_batch_is_waited_for(make, tmp_path):
 
     trainer, _ = make(data=stuck, checkpoint=sk.CheckpointConfig(directory=tmp_path))
     try:
-        with pytest.raises(sk.Preempted, match=r"step \d is saved"):
-            list(trainer.run(steps=9, membership=sk.signals()))
+        run = trainer.run(steps=9, membership=sk.signals())
+        seen = collect(run, sk.Preempted, r"step \d is saved")
+        # What is saved has been looked at, and nobody misses a step of it.
+        assert seen == list(range(trainer.step))
         assert trainer.step <= 3
     finally:
         released.set()
+
+
+def test_sigterm_while_a_batch_is_waited_for_saves_no_nan(make, tmp_path):
+    released = threading.Event()
+
+    def stuck(step):
+        batch = linear_data(step)
+        if step == 2:
+            batch["x"][0, 0] = np.nan
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert released.wait(60)
+        return batch
+
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    trainer, _ = make(data=stuck, checkpoint=checkpoint)
+    try:
+        with pytest.raises((sk.NonFiniteError, sk.Preempted)):
+            list(trainer.run(steps=9, membership=sk.signals()))
+    finally:
+        released.set()
+    assert all(step <= 2 for step in trainer.saved_steps)
+
+
+def test_what_is_done_between_two_steps_is_not_given_up(make, tmp_path):
+    trainer, _ = make(
+        checkpoint=sk.CheckpointConfig(directory=tmp_path),
+        eval=sk.EvalConfig(data=linear_data, every=0, num_batches=3),
+    )
+    seen = []
+
+    def evaluate(step):
+        seen.append(step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert trainer.evaluate()["loss"] > 0
+
+    run = trainer.run(steps=9, membership=sk.signals())
+    collect(run, sk.Preempted, "is saved", evaluate)
+    assert seen == list(range(trainer.step))
+    assert trainer.saved_steps == [trainer.step]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "count"),
+    [
+        (sk.MeshSpec(data=2, fsdp=-1), 1),
+        (sk.MeshSpec(data=-1, fsdp=2), 3),
+        (sk.MeshSpec(data=-1, fsdp=1), 4),
+    ],
+)
+def test_sigterm_during_a_certificate_waits_for_its_end(
+    make, tmp_path, monkeypatch, mesh, count
+):
+    # On one shard a step names the sharding of what it returns otherwise.
+    step, compiled = placement.Placement.step, []
+
+    def signalled(self, *args):
+        found = step(self, *args)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            compiled.append(len(fields_of(events, "compile")))
+        return found
+
+    monkeypatch.setattr(placement.Placement, "step", signalled)
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    trainer, events = make(checkpoint=checkpoint, mesh=mesh, certify="always")
+    membership = sk.combine(sk.scripted({2: count}), sk.signals())
+    with pytest.raises(sk.Preempted, match="step 3 is saved"):
+        list(trainer.run(steps=9, membership=membership))
+    [change] = fields_of(events, "reconfigure")
+    assert change["certified"] is True
+    assert compiled[0] == compiled[-1] == len(fields_of(events, "compile"))
+    twin, _ = make()
+    assert trainer.state_digest() == run_digest(twin, 3)["state"]
+
+
+def test_an_error_within_a_certificate_leaves_a_state_that_can_be_saved(
+    make, tmp_path, monkeypatch
+):
+    step = placement.Placement.step
+
+    def broken(self, *args):
+        if self.num_devices == 4:
+            raise RuntimeError("out of memory")
+        return step(self, *args)
+
+    monkeypatch.setattr(placement.Placement, "step", broken)
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    trainer, _ = make(checkpoint=checkpoint, certify="always")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        consume(trainer, 5, {2: 4})
+    trainer.save()
+    assert trainer.saved_steps == [trainer.step] == [3]
+    twin, _ = make()
+    assert trainer.state_digest() == run_digest(twin, 3)["state"]
+
+
+def test_after_a_loss_nothing_is_saved_from_lost_devices(make, tmp_path):
+    slow = SlowTrace()
+    checkpoint = sk.CheckpointConfig(directory=tmp_path)
+    mesh = sk.MeshSpec(data=1, fsdp=-1)
+    trainer, _ = make(loss=slow(mean_loss), checkpoint=checkpoint, mesh=mesh)
+    consume(trainer, 1)
+    trainer.save()
+    consume(trainer, 3)
+    slow.leaves(trainer, {3: sk.Lost(4)}, "step 1 is saved")
+    assert trainer.saved_steps == [1]
 
 
 def test_sigterm_is_heard_while_evaluating(make, tmp_path):

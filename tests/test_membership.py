@@ -357,3 +357,12 @@ def test_leaving_comes_first_then_the_last_that_moves(changes, expected):
 def test_combined_sources_are_all_checked():
     with pytest.raises(MembershipError, match="9"):
         combine(scripted({0: 4}), scripted({0: 9})).check(8)
+
+
+def test_a_source_in_trouble_does_not_keep_the_others_from_being_heard(tmp_path):
+    membership = combine(scripted({0: 4}), watch_file(tmp_path))
+    assert membership.poll(0, 8) == Change(num_devices=4)
+    # Told once there is nothing else to do.
+    with pytest.raises(MembershipError, match="not a regular file"):
+        membership.poll(1, 4)
+    assert membership.poll(2, 4) is None

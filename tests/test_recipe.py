@@ -334,12 +334,12 @@ def test_output_structure_of_scalars_and_of_loss_outputs():
 
     params = jax.eval_shape(recipe_of().first_state, KEY).params
     train, evaluation = recipe_of(eval_loss=detailed).output_structure(
-        params, abstract()
+        params, abstract(), abstract()
     )
     assert (train.num_leaves, evaluation.num_leaves) == (2, 3)
     out = evaluation.unflatten([1.0, 2.0, 3.0])
     assert out == LossOutput(1.0, 2.0, {"hits": 3.0})
-    train, evaluation = recipe_of().output_structure(params, abstract())
+    train, evaluation = recipe_of().output_structure(params, abstract(), abstract())
     assert train == evaluation
 
 
@@ -351,7 +351,7 @@ def test_losses_that_are_not_scalars_are_refused_with_their_parts(name):
     recipe = dataclasses.replace(recipe_of(), **{name: per_row})
     params = jax.eval_shape(recipe.first_state, KEY).params
     with pytest.raises(PartitionError) as caught:
-        recipe.output_structure(params, abstract())
+        recipe.output_structure(params, abstract(), abstract())
     message = str(caught.value)
     assert message.startswith(f"{name} must return scalars")
     assert "loss_sum" in message
