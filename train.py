@@ -6,7 +6,7 @@ resumed. Errors that a user can mend end in one message, without a traceback.
 """
 
 import contextlib
-import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -19,40 +19,84 @@ def main(argv: list[str]) -> int:
     try:
         return train(cli.parse_arguments(argv))
     except sk.ShardkitError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say_last(f"{type(error).__name__}: {error}", error)
         return cli.exit_code(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        say_last("interrupted", error)
         return 130
+
+
+def say_last(message: str, error: BaseException) -> None:
+    """Says why it ends, and then what the error was given on its way here."""
+    print(message, *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
 
 
 def train(arguments: cli.Arguments) -> int:
     """Runs one config, and its uninterrupted twin if asked to."""
-    config = arguments.config
     terminal = report.Terminal()
-    with report.RunDirectory.open(
-        arguments.out, config, stem=arguments.path.stem, resume=arguments.resume
-    ) as directory:
-        cli.prepare_environment(config.devices, directory.path / "cache")
-        devices = build.device_pool(config.devices)
-        schedule, late = cli.plan_resizes(config, len(devices))
-        if late:
-            entries = ",".join(f"{step}:{count}" for step, count in late.items())
-            end = config.train.steps
-            terminal.line(f"resize: {entries} is ignored, the run ends at step {end}")
+    with contextlib.ExitStack() as stack:
+        # From here to the end, also where no run listens, a signal kills nothing.
+        listening = sk.signals()
+        stack.callback(listening.start())
+        directory = stack.enter_context(
+            report.RunDirectory.open(
+                arguments.out,
+                arguments.config,
+                stem=arguments.path.stem,
+                resume=arguments.resume,
+            )
+        )
+        if arguments.resume and not directory.resumes:
+            terminal.line(f"--resume: there is no run in {directory.path}; one begins")
         try:
-            run(directory, terminal, devices, schedule)
-            return run_twin(directory, terminal, devices) if arguments.twin else 0
-        except (sk.Preempted, KeyboardInterrupt):
-            terminal.line(f"go on with --resume --out {directory.path}")
+            return run_and_compare(directory, terminal, listening, arguments.twin)
+        except (sk.Preempted, KeyboardInterrupt) as error:
+            if directory.config_file.exists():
+                command = cli.resume_command(
+                    directory.config_file, directory.path, twin=arguments.twin
+                )
+                error.add_note(f"go on with: {command}")
             raise
+
+
+def run_and_compare(
+    directory: report.RunDirectory,
+    terminal: report.Terminal,
+    listening: Any,
+    twin: bool,
+) -> int:
+    """Runs a config, and its twin if asked to, and compares the two if there are two.
+
+    Args:
+        directory: Where the run is kept.
+        terminal: Where it speaks.
+        listening: The signals of this process.
+        twin: Whether to run the twin.
+    """
+    config = directory.config
+    cli.prepare_environment(config.devices, directory.path / "cache")
+    devices = build.device_pool(config.devices)
+    schedule, late = cli.plan_resizes(config, len(devices))
+    if late and not directory.is_finished:
+        entries = ",".join(f"{step}:{count}" for step, count in late.items())
+        end = config.train.steps
+        terminal.line(f"resize: {entries} is ignored, the run ends at step {end}")
+    run(directory, terminal, devices, sk.combine(sk.scripted(schedule), listening))
+    # What was found of an earlier twin is gone from the summary of a prolonged run.
+    is_stale = directory.has_twin and "twin" not in directory.summary()
+    if not (twin or is_stale):
+        return 0
+    other = directory.open_twin()
+    if twin:
+        run(other, terminal, devices, listening, is_twin=True)
+    return compare(directory, other, terminal)
 
 
 def run(
     directory: report.RunDirectory,
     terminal: report.Terminal,
     devices: list[Any],
-    schedule: dict[int, int],
+    membership: Any,
     *,
     is_twin: bool = False,
 ) -> None:
@@ -62,7 +106,7 @@ def run(
         directory: Where the run is kept.
         terminal: Where it speaks.
         devices: The pool.
-        schedule: Device counts by step.
+        membership: Who asks for other devices, or to leave.
         is_twin: Whether this is only for comparison.
     """
     config = directory.config
@@ -81,9 +125,15 @@ def run(
         )
         stack.callback(trainer.close)
         watch.begin(trainer.restore() if directory.has_checkpoint else 0)
-        membership = sk.combine(sk.scripted(schedule), sk.signals())
-        for metrics in trainer.run(steps=config.train.steps, membership=membership):
-            watch.step(metrics)
+        try:
+            for metrics in trainer.run(steps=config.train.steps, membership=membership):
+                watch.step(metrics)
+                if membership.leaving():
+                    terminal.busy("leaving: saving")
+        except sk.Preempted:
+            # What is left after the last step is less work than to come back for it.
+            if trainer.step < config.train.steps:
+                raise
         if watch.saved_step != trainer.step:
             trainer.save()
         eval_loss = watch.evals.get(trainer.step)
@@ -99,21 +149,18 @@ def run(
         watch.finish(summary)
 
 
-def run_twin(
-    directory: report.RunDirectory, terminal: report.Terminal, devices: list[Any]
+def compare(
+    directory: report.RunDirectory,
+    twin: report.RunDirectory,
+    terminal: report.Terminal,
 ) -> int:
-    """Runs the same config on all devices throughout, and says what differs."""
-    twin = report.RunDirectory.open(
-        directory.path / "twin",
-        dataclasses.replace(directory.config, resize=""),
-        stem="twin",
-        resume=True,
-    )
-    run(twin, terminal, devices, {}, is_twin=True)
+    """Says, draws and keeps what differs, as far as both have got."""
     found = report.compare_runs(directory, twin)
     directory.write_summary(directory.summary() | {"twin": found.to_dict()})
-    report.Report(directory, terminal).draw(twin=twin.metrics)
-    terminal.table("beside the uninterrupted twin", found.rows())
+    watch = report.Report(directory, terminal)
+    watch.draw(twin=twin.metrics)
+    rows = found.rows() | watch.picture_row()
+    terminal.table("beside the uninterrupted twin", rows)
     if found.identical or directory.config.train.consistency == "fast":
         return 0
     print("the run and its uninterrupted twin differ", file=sys.stderr)
@@ -121,4 +168,11 @@ def run_twin(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == cli.EXIT_CODES["Preempted"]:
+        # All is saved. A compile that was given up would hold the process until it
+        # is done, and whoever asked it to leave may not wait for that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -8,6 +8,8 @@ nothing; `build.py` does.
 import argparse
 import logging
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +24,7 @@ __all__ = [
     "parse_arguments",
     "plan_resizes",
     "prepare_environment",
+    "resume_command",
 ]
 
 NUM_THREADS = 8
@@ -30,6 +33,24 @@ and so its bits, follows their number."""
 
 EXIT_CODES = {"CertificateError": 3, "NonFiniteError": 3, "Preempted": 75}
 """What is not bad input, by the name of the exception."""
+
+_EPILOG = """\
+config keys:
+  `key` of `[section]` in CONFIG.toml is changed by --section.key VALUE:
+    --optimizer.learning_rate 1e-3  --model.options.num_layers 2  --mesh.fsdp=4
+  What a flag stands for is in brackets above; DIR/config.toml has every key.
+
+signals:
+  SIGUSR1  go on with one device fewer    SIGUSR2  with one more, up to the pool
+  SIGTERM  save and leave, to be resumed
+
+exit codes:
+  0   finished
+  2   bad input: a message says what and where
+  3   a failed certificate, a loss that is not finite, or a twin that differs
+  75  left after SIGTERM; the last line is the command to go on with
+  130 interrupted by Ctrl-C; the same, from the newest checkpoint
+"""
 
 _FLAGS = {
     "devices": ("devices", "N", "size of the pool; 8 emulated, or every real one"),
@@ -73,17 +94,34 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser = _Parser(
         prog="train.py",
         allow_abbrev=False,
+        usage="%(prog)s CONFIG.toml [options] [--section.key VALUE ...]",
         description="Trains a model on any number of devices, and on changing ones.",
-        epilog="Any key of the config can be set as --table.key VALUE, for example "
-        "--optimizer.learning_rate 1e-3 or --model.options.num_layers 2.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.toml",
+        type=Path,
+        help="model, data, optimizer and all the rest of a run; see configs/",
+    )
     for flag, (key, metavar, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", metavar=metavar, help=f"{text} [{key}]")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="the run's directory")
-    parser.add_argument("--resume", action="store_true", help="go on with --out DIR")
     parser.add_argument(
-        "--twin", action="store_true", help="compare with a run that is never resized"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="the run's directory; the first free runs/CONFIG-NNN if not given",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out DIR",
+    )
+    parser.add_argument(
+        "--twin",
+        action="store_true",
+        help="then run again on the whole pool throughout, and compare every bit",
     )
     found = parser.parse_args(plain)
     if found.resume and found.out is None:
@@ -159,6 +197,18 @@ def exit_code(error: BaseException) -> int:
     """
     names = [cls.__name__ for cls in type(error).__mro__]
     return next((EXIT_CODES[name] for name in names if name in EXIT_CODES), 2)
+
+
+def resume_command(config: Path, out: Path, *, twin: bool) -> str:
+    """Returns the command that goes on with a run, to be typed in the same directory.
+
+    Args:
+        config: The run's resolved config.
+        out: The run's directory.
+        twin: Whether a twin is still to be run or compared.
+    """
+    words = [sys.orig_argv[0], sys.argv[0], str(config), "--resume", "--out", str(out)]
+    return shlex.join([*words, "--twin"] if twin else words)
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[Override]]:

@@ -28,14 +28,17 @@ class StepMetrics:
         num_devices: On how many devices it ran.
         mesh: Axis → size, of the axes larger than 1.
         values: Scalars by name, as they are on the devices.
-        step_s: Seconds from the end of the step before to the end of this one.
+        step_s: Seconds from when the host saw the end of the step before to when it
+            saw the end of this one, while steps follow one another. None where other
+            work came before or after the step: a start, a change of devices, an
+            evaluation, a save, the end.
     """
 
     step: int
     num_devices: int
     mesh: dict[str, int]
     values: Mapping[str, Array]
-    step_s: float
+    step_s: float | None
 
     @property
     def loss(self) -> float:
@@ -48,9 +51,9 @@ class StepMetrics:
         return f"{np.asarray(self.values['loss']).view(np.uint32).item():08x}"
 
     @property
-    def tokens_per_s(self) -> float:
-        """Σ weight per second: tokens, where the loss counts tokens."""
-        return float(self.values["weight"]) / self.step_s if self.step_s else 0.0
+    def tokens_per_s(self) -> float | None:
+        """Σ weight per second: tokens, where the loss counts tokens; or None."""
+        return float(self.values["weight"]) / self.step_s if self.step_s else None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -64,7 +67,7 @@ class Pending:
     def __init__(self, *, check_gradients: bool) -> None:
         self._check_gradients = check_gradients
         self._held: list[tuple[int, Placement, Any]] = []
-        self._last_s = time.monotonic()
+        self._last_s: float | None = None
 
     def push(
         self, step: int, placement: Placement, values: Any
@@ -72,18 +75,24 @@ class Pending:
         """Takes a step that has been dispatched; yields the one before it."""
         self._held.append((step, placement, values))
         if len(self._held) > 1:
-            yield self._finish()
+            metrics = self._finish()
+            now_s = time.monotonic()
+            spent_s = None if self._last_s is None else now_s - self._last_s
+            self._last_s = now_s
+            yield dataclasses.replace(metrics, step_s=spent_s)
 
     def flush(self) -> Iterator[StepMetrics]:
-        """Waits for what is held back, and yields it."""
+        """Waits for what is held back, and yields it; other work may follow.
+
+        How long that takes says nothing: what dispatches may have waited already.
+        """
+        self._last_s = None
         while self._held:
             yield self._finish()
 
     def _finish(self) -> StepMetrics:
         step, placement, values = self._held.pop(0)
         loss = float(values["loss"])
-        now_s = time.monotonic()
-        spent_s, self._last_s = now_s - self._last_s, now_s
         # A scale that is too large breaks gradients only: no loss scale mends a loss.
         norm = float(values["grad_norm"])
         if not np.isfinite(loss) or (self._check_gradients and not np.isfinite(norm)):
@@ -97,5 +106,5 @@ class Pending:
             num_devices=placement.num_devices,
             mesh=mesh_sizes(placement.mesh),
             values=values,
-            step_s=spent_s,
+            step_s=None,
         )

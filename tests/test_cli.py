@@ -2,12 +2,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from shardkit import errors
-from shardkit.build import call_factory, device_pool, resolve_factory
-from shardkit.cli import exit_code, parse_arguments, plan_resizes
+from shardkit.build import build_trainer, call_factory, device_pool, resolve_factory
+from shardkit.cli import exit_code, parse_arguments, plan_resizes, resume_command
+from shardkit.config import to_dict
 from shardkit.errors import ConfigError
+from shardkit.events import EventLog
+from shardkit.logical_axes import infer_shardings
+from shardkit.mesh import MeshSpec
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.toml")
@@ -47,12 +52,63 @@ def test_flags_and_overrides_change_the_config():
         ([TINY, "--devices", "0"], "with --devices: devices: expected at least 1"),
         ([TINY, "--mesh.data"], "--mesh.data: expected a value"),
         ([TINY, "--mesh.date", "1"], "did you mean 'data'"),
+        (
+            [TINY, "--model.num_layers", "2"],
+            "known: factory, options; .* write --model.options.num_layers$",
+        ),
+        ([TINY, "--model.option", "2"], "did you mean 'options'\\?$"),
         ([TINY, "--resume"], "name its directory with --out"),
     ],
 )
 def test_a_bad_command_line_is_one_message(argv, message):
     with pytest.raises(ConfigError, match=message):
         parse_arguments(argv)
+
+
+def test_help_says_what_there_is_to_know(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for word in ("[section]", "--section.key VALUE", "runs/CONFIG-NNN", "SIGUSR2"):
+        assert word in said
+    assert "see configs/" in " ".join(said.split())
+    codes = said.partition("exit codes:")[2].splitlines()
+    assert [line.split()[0] for line in codes if line] == ["0", "2", "3", "75", "130"]
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_the_command_to_go_on_is_quoted(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["my python", "-u", "train.py", "old.toml"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "old.toml"])
+    out = Path("my run")
+    command = resume_command(out / "config.toml", out, twin=False)
+    assert command == (
+        "'my python' train.py 'my run/config.toml' --resume --out 'my run'"
+    )
+    assert resume_command(out / "config.toml", out, twin=True) == f"{command} --twin"
+
+
+@pytest.mark.parametrize("name", ["digits", "tiny"])
+def test_every_rule_of_a_config_cuts_something(name, tmp_path):
+    config = parse_arguments(
+        [str(ROOT / "configs" / f"{name}.toml"), "--train.strict", "true"]
+    ).config
+    events = EventLog()
+    notices = []
+    events.subscribe(lambda event: notices.append(event.fields))
+    trainer, _ = build_trainer(
+        config, devices=device_pool(8), checkpoints=tmp_path, events=events
+    )
+    trainer.close()
+    assert notices == []
+    model = call_factory(config.model.factory, config.model.options, where="model")
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    rules = model.axis_rules | config.axis_rules
+    mesh = MeshSpec(**to_dict(config)["mesh"]).build(jax.devices())
+    specs = [s.spec for s in jax.tree.leaves(infer_shardings(params, rules, mesh))]
+    assert any("fsdp" in spec for spec in specs)
 
 
 def test_reading_a_command_line_does_not_import_jax():

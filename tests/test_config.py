@@ -76,6 +76,10 @@ def test_every_config_loads_and_opens_with_what_to_expect(path):
     ("change", "message"),
     [
         (("steps = 120", "stps = 120"), r"run.toml \[train\] stps.*'steps'\?"),
+        (
+            ("[model.options]\nnum_layers", "num_layers"),
+            r"\[model\] num_layers: .* write \[model.options\] num_layers",
+        ),
         (("[train]", "[trian]"), r"run.toml trian: unknown key; did you mean 'train'"),
         (("steps = 120", "steps = true"), r"\[train\] steps: .*whole number, found tr"),
         (("steps = 120", "steps = 1.5"), r"expected a whole number, found 1.5"),

@@ -9,57 +9,22 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import pytest
+from reported import CHANGE, CONFIG, Metrics, open_run, train
 from rich.console import Console
 
 import shardkit
-from shardkit.config import from_dict
 from shardkit.errors import ConfigError
 from shardkit.events import EventLog
 from shardkit.report import (
     MetricsFile,
     Report,
-    RunDirectory,
     Terminal,
     compare_runs,
     read_records,
-    summarize,
 )
 from shardkit.report.jsonl import write_atomically
-from shardkit.report.picture import smooth, write_picture
 from shardkit.report.summary import versions
-
-CONFIG = from_dict(
-    {
-        "model": {"factory": "m:build"},
-        "data": {"factory": "m:data", "global_batch_size": 8, "num_microbatches": 4},
-        "optimizer": {"learning_rate": 1.0},
-        "train": {"steps": 20},
-    }
-)
-CHANGE = {
-    "step": 5,
-    "from_devices": 8,
-    "to_devices": 3,
-    "from_mesh": {"data": 2, "fsdp": 4},
-    "to_mesh": {"fsdp": 3},
-    "bytes_moved": 3 * 2**20,
-    "phases_s": {"plan": 0.01, "move": 0.24},
-    "certified": True,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Metrics:
-    step: int
-    loss: float = 2.5
-    loss_bits: str = "40200000"
-    num_devices: int = 8
-    mesh: dict = dataclasses.field(default_factory=lambda: {"data": 2, "fsdp": 4})
-    step_s: float = 0.5
-    tokens_per_s: float | None = 12288.0
-    metrics: dict = dataclasses.field(default_factory=lambda: {"grad_norm": 1.0})
 
 
 @pytest.fixture
@@ -70,25 +35,6 @@ def out():
 @pytest.fixture
 def terminal(out):
     return Terminal(Console(file=out, force_terminal=False))
-
-
-def open_run(path, config=CONFIG, *, resume=False):
-    return RunDirectory.open(path, config, stem="tiny", resume=resume)
-
-
-def train(directory, terminal, steps, *, first=0, bits="40200000", **summary):
-    """Reports a run as train.py would."""
-    log = EventLog()
-    with Report(directory, terminal, extras=False) as report:
-        log.subscribe(report.event)
-        report.begin(first)
-        for step in range(first, steps):
-            if step == CHANGE["step"]:
-                log.emit("reconfigure", **CHANGE)
-            report.step(Metrics(step, loss_bits=bits))
-        records = read_records(directory.metrics)
-        given = {"eval_loss": 2.25, "state_digest": "aa", "corpus_digest": None}
-        report.finish(summarize(records, steps=steps, **{**given, **summary}))
 
 
 def steps_in(path):
@@ -274,26 +220,6 @@ def test_packaging_reads_the_version_from_the_code():
     assert runpy.run_path(str(path))["__version__"] == shardkit.__version__
 
 
-def test_plain_lines_tell_of_every_tenth_and_every_change(tmp_path, terminal, out):
-    train(open_run(tmp_path / "run"), terminal, 20)
-    lines = out.getvalue().splitlines()
-    progress = [line for line in lines if "tokens/s" in line]
-    assert len(progress) == 10
-    assert progress[-1] == "20/20  loss 2.5000  12,288 tokens/s  data=2 fsdp=4"
-    assert (
-        "step 5: 8 -> 3 devices (data=2 fsdp=4 -> fsdp=3), 3 MiB moved, 0.25 s, "
-        "certified" in lines
-    )
-
-
-def test_a_terminal_shows_a_bar_a_line_and_a_table(tmp_path, out):
-    console = Console(file=out, force_terminal=True, width=120, _environ={})
-    train(open_run(tmp_path / "run"), Terminal(console), 20)
-    shown = out.getvalue()
-    for word in ("20/20", "loss 2.5000", "8 -> 3 devices", "state digest"):
-        assert word in shown
-
-
 @pytest.mark.parametrize(
     ("change", "identical", "words"),
     [
@@ -317,23 +243,6 @@ def test_a_missing_step_is_a_difference(tmp_path, terminal):
     train(run, terminal, 20)
     train(twin, terminal, 20, first=1)
     assert compare_runs(run, twin).differing_steps == [0]
-
-
-def test_smoothing_neither_lags_nor_bends_at_the_ends():
-    line = np.linspace(5, 2, 50)
-    np.testing.assert_allclose(smooth(line, width=2)[6:-6], line[6:-6], rtol=1e-12)
-    np.testing.assert_allclose(smooth(np.ones(4), width=3), 1, rtol=1e-12)
-
-
-@pytest.mark.parametrize("num_steps", [0, 1, 40])
-def test_a_picture_is_drawn(tmp_path, terminal, num_steps):
-    pytest.importorskip("matplotlib")
-    directory = open_run(tmp_path / "run")
-    train(directory, terminal, num_steps)
-    records = read_records(directory.metrics)
-    records.append({"event": "eval", "step": 0, "loss": 2.0})
-    write_picture(tmp_path / "loss.png", records, twin=records)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_extras_come_with_a_run(tmp_path, terminal, out):

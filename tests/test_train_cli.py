@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,6 +123,9 @@ def test_what_a_run_leaves_behind(train, resized):
     line = train.steps(out)[3]
     assert line["mesh"] == {"fsdp": 5}
     assert len(line["loss_bits"]) == 8
+    assert line["step_s"] is None
+    assert line["tokens_per_s"] is None
+    line = train.steps(out)[4]
     assert line["step_s"] > 0
     assert line["tokens_per_s"] > 0
     changes = [e for e in train.lines(out) if e.get("event") == "reconfigure"]
@@ -175,7 +179,9 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
     process = train.run_until(lambda: has_line(1), "--out", out, **slow)
     process.send_signal(signal.SIGTERM)
     said = train.finish(process, code=75)
-    assert f"--resume --out {out}" in said
+    words = [sys.executable, str(ROOT / "train.py"), f"{out}/config.toml"]
+    command = shlex.join([*words, "--resume", "--out", out])
+    assert said.endswith(f"is saved\ngo on with: {command}\n")
     [step] = train.saved(out)[-1:]
     assert [line["step"] for line in train.steps(out)] == list(range(step))
 
@@ -198,9 +204,12 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
 def test_preempted_while_it_compiles_it_leaves_and_goes_on_later(train):
     out = ["--out", "compiling", "--model.factory", "faulty:slow", "--steps", "2"]
     tracing = train.path / "tracing"
-    process = train.run_until(tracing.exists, *out, TRACE_S="3")
+    process = train.run_until(tracing.exists, *out, TRACE_S="60")
+    begin_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert "--resume --out compiling" in train.finish(process, code=75)
+    # What is being compiled is not waited for.
+    assert time.monotonic() - begin_s < 30
     assert train.steps("compiling") == []
     train(*out, "--resume")
     assert [line["step"] for line in train.steps("compiling")] == [0, 1]

@@ -110,7 +110,7 @@ def _build(cls: Any, table: Mapping[str, Any], prefix: str, source: _Source) -> 
     hints = get_type_hints(cls)
     before = len(source.problems)
     for name in table.keys() - hints.keys():
-        near = suggest(name, hints)
+        near = _near(name, hints, f"[{prefix}.options] {name}")
         source.problems.append(f"{source.key(prefix, name)}: unknown key; {near}")
     values = {}
     for item in fields(cls):
@@ -169,11 +169,19 @@ def _descend(hint: Any, name: str, override: Override) -> Any:
         hints = get_type_hints(hint)
         if name in hints:
             return hints[name]
-        raise ConfigError(
-            f"{override.flag}: unknown key {name!r}; {suggest(name, hints)}"
-        )
+        table, _, rest = override.key.partition(".")
+        near = _near(name, hints, f"--{table}.options.{rest}")
+        raise ConfigError(f"{override.flag}: unknown key {name!r}; {near}")
     if hint is Any:
         return Any  # inside of options, whose keys the factory knows
     if get_origin(hint) is dict:
         return get_args(hint)[1]
     raise ConfigError(f"{override.flag}: {name!r} is inside a value, not a table")
+
+
+def _near(name: str, hints: Mapping[str, Any], option: str) -> str:
+    """Says what was meant by an unknown key, which may be one of a factory."""
+    near = suggest(name, hints)
+    if "options" not in hints or near.startswith("did"):
+        return near
+    return f"{near}; if the factory takes it, write {option}"

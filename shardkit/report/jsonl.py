@@ -63,13 +63,13 @@ class StepLike(Protocol):
         ...
 
     @property
-    def step_s(self) -> float:
-        """Seconds that it took."""
+    def step_s(self) -> float | None:
+        """Seconds that it took; None where that is not known."""
         ...
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second; None where data has no tokens."""
+        """Tokens per second; None where that is not known."""
         ...
 
     @property

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["smooth", "write_picture"]
+__all__ = ["history", "smooth", "write_picture"]
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-LOSS, EVAL, DEVICES = "#2563eb", "#d9480f", "#0f766e"
+LOSS, TWIN, EVAL, DEVICES = "#1d4ed8", "#fdba8c", "#c2410c", "#0f766e"
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -28,7 +28,7 @@ def write_picture(
         path: Where it goes.
         records: What `read_records` returned.
         twin: The same of an uninterrupted run, drawn under the loss.
-        title: What to write above it.
+        title: What to call the run; above the loss stands also what happened to it.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -49,7 +49,10 @@ def write_picture(
             axes.axvline(
                 change["step"] - 0.5, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1
             )
-    upper.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    words = [title, history(records)] if title else [history(records)]
+    upper.set_title(
+        ": ".join(words), loc="left", color=INK, fontsize=11, fontweight="bold", pad=12
+    )
     lower.set_xlabel("step", color=INK)
     figure.savefig(path)
 
@@ -68,6 +71,19 @@ def smooth(values: Sequence[float], width: float) -> np.ndarray:
 
     # Divided by the weights that are there, so that the ends do not bend towards 0.
     return spread(np.asarray(values)) / spread(np.ones(len(values)))
+
+
+def history(records: Records) -> str:
+    """Says on which devices a run was, in at most a line."""
+    steps = _steps(records)
+    counts = [r["num_devices"] for r in steps]
+    stays = [str(counts[start]) for start, _ in _stretches(counts)] if counts else []
+    if not stays:
+        return "no step yet"
+    if len(stays) > 8:
+        return f"the loss over {len(stays) - 1} changes of devices"
+    listed = " and ".join([", ".join(stays[:-1]), stays[-1]] if stays[1:] else stays)
+    return f"the loss on {listed} device{'' if listed == '1' else 's'}"
 
 
 def _steps(records: Records) -> list[Mapping[str, Any]]:
@@ -91,18 +107,24 @@ def _draw_loss(axes: Any, records: Records, twin: Records) -> None:
     x, loss = [r["step"] for r in steps], [r["loss"] for r in steps]
     if twin:
         other = _steps(twin)
+        dashes = (0, (4, 1.5))
+        axes.plot(x, loss, color=LOSS, lw=1.4, ls=dashes, label="this run", zorder=3)
+        # Wide and light under thin and dark: where they coincide, both are seen.
         axes.plot(
             [r["step"] for r in other],
             [r["loss"] for r in other],
-            color="#f2b8a0",
-            lw=3.2,
-            label="uninterrupted run",
+            color=TWIN,
+            lw=6,
+            solid_capstyle="round",
+            solid_joinstyle="round",
+            label="uninterrupted twin",
             zorder=2,
         )
-    axes.plot(x, loss, color=LOSS, lw=0.8, alpha=0.45, label="loss", zorder=3)
-    if len(loss) >= 10:
-        line = smooth(loss, width=max(1.0, len(loss) / 60))
-        axes.plot(x, line, color=LOSS, lw=2, label="smoothed", zorder=4)
+    else:
+        axes.plot(x, loss, color=LOSS, lw=0.8, alpha=0.45, label="loss", zorder=3)
+        if len(loss) >= 10:
+            line = smooth(loss, width=max(1.0, len(loss) / 60))
+            axes.plot(x, line, color=LOSS, lw=2, label="smoothed", zorder=4)
     evals = [r for r in records if r.get("event") == "eval"]
     if evals:
         axes.plot(
@@ -118,7 +140,9 @@ def _draw_loss(axes: Any, records: Records, twin: Records) -> None:
         )
     axes.set_ylabel("loss", color=INK)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
+        # Its white hides the grid behind the words.
+        look = {"edgecolor": "none", "framealpha": 1.0, "labelcolor": INK}
+        axes.legend(fontsize=9, loc="upper right", **look)
 
 
 def _draw_devices(axes: Any, records: Records) -> None:

@@ -93,7 +93,11 @@ class Report:
             self.terminal.line(fields["message"], style="yellow")
         elif event.name == "checkpoint":
             self.saved_step = fields["step"]
+        elif event.name == "reconfiguring":
+            counts = f"{fields['from_devices']} -> {fields['to_devices']}"
+            self.terminal.busy(f"{counts} devices: compiling")
         elif event.name == "reconfigure":
+            self.terminal.moved(fields["to_mesh"])
             self.terminal.line(format_reconfigure(fields), style="bold cyan")
             self._keep(reconfigure_record(fields))
         elif event.name == "rewind" and self._metrics is not None:
@@ -113,7 +117,7 @@ class Report:
         if self._extras:
             self.draw()
         rows = {**summary_rows(summary), "directory": str(self.directory.path)}
-        self.terminal.table(self.label, rows)
+        self.terminal.table(self.label, rows | self.picture_row())
 
     def draw(self, twin: Path | None = None) -> None:
         """Draws the picture, over that of a twin's metrics if there are any."""
@@ -128,6 +132,11 @@ class Report:
             )
         except Exception as error:  # the run is whole and saved; this is decoration
             self.terminal.line(f"no picture: {error}", style="yellow")
+
+    def picture_row(self) -> dict[str, str]:
+        """Returns what a table shows of the picture, if there is one."""
+        path = self.directory.picture
+        return {"picture": str(path)} if self._extras and path.is_file() else {}
 
     def close(self) -> None:
         """Closes everything; a second call does nothing."""

@@ -5,6 +5,7 @@ is ever overwritten by another run. It knows where checkpoints lie and reads non
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
@@ -66,6 +67,11 @@ class RunDirectory:
         return cls(out, config, resumes=True)
 
     @property
+    def config_file(self) -> Path:
+        """The resolved config, with which `train.py` goes on with the run."""
+        return self.path / "config.toml"
+
+    @property
     def metrics(self) -> Path:
         """The file of steps and events."""
         return self.path / "metrics.jsonl"
@@ -95,6 +101,20 @@ class RunDirectory:
         """Whether a summary says that the run got as far as its config asks."""
         return self.summary().get("steps", -1) >= self.config.train.steps
 
+    @property
+    def has_twin(self) -> bool:
+        """Whether a twin has been run to its end here."""
+        return (self.path / "twin" / "summary.json").exists()
+
+    def open_twin(self) -> "RunDirectory":
+        """Returns the directory of the same run without changes of devices.
+
+        Raises:
+            ConfigError: As `open` does.
+        """
+        config = dataclasses.replace(self.config, resize="")
+        return RunDirectory.open(self.path / "twin", config, stem="twin", resume=True)
+
     def __enter__(self) -> "RunDirectory":
         return self
 
@@ -107,7 +127,7 @@ class RunDirectory:
     def prepare(self) -> None:
         """Makes the directory and writes the resolved config."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "config.toml", to_toml(self.config))
+        write_atomically(self.config_file, to_toml(self.config))
 
     def summary(self) -> dict[str, Any]:
         """Reads the summary; empty if there is none."""

@@ -62,16 +62,22 @@ def summarize(
 
 
 def summary_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what the closing table shows of a summary."""
+    """Returns what the closing table shows of a summary, whose digests are whole."""
+    corpus = summary["corpus_digest"]
     rows = {
         "steps": str(summary["steps"]),
         "final loss": _loss(summary["final_loss"]),
         "validation loss": _loss(summary["eval_loss"]),
         "changes of devices": str(summary["num_reconfigurations"]),
         "state digest": summary["state_digest"],
-        "corpus digest": summary["corpus_digest"],
+        "corpus digest": corpus and _short(corpus),
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _short(digest: str) -> str:
+    # A row of a table should fit into 80 columns.
+    return digest if len(digest) <= 32 else f"{digest[:16]}…"
 
 
 def _loss(value: float | None) -> str | None:

@@ -32,11 +32,10 @@ class TensorBoard:
         scalars = {
             "train/loss": metrics.loss,
             "devices/count": metrics.num_devices,
-            "time/step_s": metrics.step_s,
             **{f"train/{name}": value for name, value in metrics.metrics.items()},
         }
-        if metrics.tokens_per_s is not None:
-            scalars["time/tokens_per_s"] = metrics.tokens_per_s
+        times = {"step_s": metrics.step_s, "tokens_per_s": metrics.tokens_per_s}
+        scalars |= {f"time/{k}": v for k, v in times.items() if v is not None}
         self._write(scalars, metrics.step)
 
     def evaluation(self, step: int, loss: float) -> None:

@@ -5,6 +5,7 @@ output is not a terminal it writes plain lines, about one per tenth of the run. 
 decides nothing and keeps nothing.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -22,6 +24,9 @@ from rich.text import Text
 from shardkit.report.jsonl import StepLike
 
 __all__ = ["Terminal", "format_bytes", "format_mesh", "format_reconfigure"]
+
+NUM_RECENT = 10
+"""Steps over which the speed is averaged."""
 
 
 def format_mesh(mesh: Mapping[str, int]) -> str:
@@ -72,6 +77,8 @@ class Terminal:
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
+        self._shown: dict[str, Any] = {}
+        self._recent: deque[tuple[float, float]] = deque(maxlen=NUM_RECENT)
         self._num_steps = 0
         self._every = 1
 
@@ -87,11 +94,13 @@ class Terminal:
             every: Steps between plain lines; None is a tenth of what is to be done.
         """
         self._num_steps = num_steps
+        self._recent.clear()
         self._every = every or max(1, (num_steps - first_step) // 10)
         if not self.console.is_terminal:
             self.line(f"{label}: steps {first_step} to {num_steps}")
             return
         self._progress = Progress(
+            SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -102,32 +111,43 @@ class Terminal:
             console=self.console,
             transient=True,
         )
+        self._shown = {"loss": "compiling", "speed": "", "mesh": ""}
         self._progress.add_task(
-            label,
-            total=num_steps,
-            completed=first_step,
-            loss="compiling",
-            speed="",
-            mesh="",
+            label, total=num_steps, completed=first_step, **self._shown
         )
         self._progress.start()
 
     def step(self, metrics: StepLike) -> None:
         """Shows a step."""
-        speed = metrics.tokens_per_s
-        shown: dict[str, Any] = {
+        self._shown = {
             "loss": f"loss {metrics.loss:.4f}",
-            "speed": "" if speed is None else f"{speed:,.0f} tokens/s",
+            "speed": self._speed(metrics),
             "mesh": format_mesh(metrics.mesh),
         }
         done = metrics.step + 1
         if self._progress is not None:
             task = self._progress.task_ids[0]
-            self._progress.update(task, completed=done, **shown)
+            self._progress.update(task, completed=done, **self._shown)
         elif done % self._every == 0 or done == self._num_steps:
             width = len(str(self._num_steps))
-            words = [word for word in shown.values() if word]
+            words = [word for word in self._shown.values() if word]
             self.line(f"{done:>{width}}/{self._num_steps}  " + "  ".join(words))
+
+    def busy(self, text: str) -> None:
+        """Says in the progress bar what holds the steps up, until the next step."""
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, loss=text, speed="", mesh="")
+
+    def moved(self, mesh: Mapping[str, int]) -> None:
+        """Shows another mesh; the speed and the time remaining are measured anew."""
+        self._recent.clear()
+        if self._progress is not None:
+            self._shown |= {"speed": "", "mesh": format_mesh(mesh)}
+            task = self._progress.tasks[0]
+            done = int(task.completed)
+            # Its rate would count the change as a slow step.
+            self._progress.reset(task.id, completed=done, **self._shown)
 
     def line(self, text: str, *, style: str = "") -> None:
         """Writes a line, above the progress bar if there is one."""
@@ -154,3 +174,12 @@ class Terminal:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _speed(self, metrics: StepLike) -> str:
+        if metrics.step_s and metrics.tokens_per_s:
+            num_tokens = metrics.tokens_per_s * metrics.step_s
+            self._recent.append((num_tokens, metrics.step_s))
+        if not self._recent:
+            return ""
+        num_tokens, spent_s = map(sum, zip(*self._recent, strict=True))
+        return f"{num_tokens / spent_s:,.0f} tokens/s"

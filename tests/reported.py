@@ -1,0 +1,57 @@
+"""A run that is reported without being run."""
+
+import dataclasses
+
+from shardkit.config import from_dict
+from shardkit.events import EventLog
+from shardkit.report import Report, RunDirectory, read_records, summarize
+
+CONFIG = from_dict(
+    {
+        "model": {"factory": "m:build"},
+        "data": {"factory": "m:data", "global_batch_size": 8, "num_microbatches": 4},
+        "optimizer": {"learning_rate": 1.0},
+        "train": {"steps": 20},
+    }
+)
+CHANGE = {
+    "step": 5,
+    "from_devices": 8,
+    "to_devices": 3,
+    "from_mesh": {"data": 2, "fsdp": 4},
+    "to_mesh": {"fsdp": 3},
+    "bytes_moved": 3 * 2**20,
+    "phases_s": {"plan": 0.01, "move": 0.24},
+    "certified": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    step: int
+    loss: float = 2.5
+    loss_bits: str = "40200000"
+    num_devices: int = 8
+    mesh: dict = dataclasses.field(default_factory=lambda: {"data": 2, "fsdp": 4})
+    step_s: float = 0.5
+    tokens_per_s: float | None = 12288.0
+    metrics: dict = dataclasses.field(default_factory=lambda: {"grad_norm": 1.0})
+
+
+def open_run(path, config=CONFIG, *, resume=False):
+    return RunDirectory.open(path, config, stem="tiny", resume=resume)
+
+
+def train(directory, terminal, steps, *, first=0, bits="40200000", **summary):
+    """Reports a run as train.py would."""
+    log = EventLog()
+    with Report(directory, terminal, extras=False) as report:
+        log.subscribe(report.event)
+        report.begin(first)
+        for step in range(first, steps):
+            if step == CHANGE["step"]:
+                log.emit("reconfigure", **CHANGE)
+            report.step(Metrics(step, loss_bits=bits))
+        records = read_records(directory.metrics)
+        given = {"eval_loss": 2.25, "state_digest": "aa", "corpus_digest": None}
+        report.finish(summarize(records, steps=steps, **{**given, **summary}))
