@@ -147,9 +147,8 @@ def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
 
     Args:
         num_devices: CPU devices to emulate where there is no accelerator; None is 8.
-        run_cache: Where a run on an accelerator keeps its programs, and with them the
-            choices of kernels, which are made by timing: another process that goes on
-            with the run must make the same ones.
+        run_cache: Where a run on an accelerator keeps its compiled programs, for
+            another process that goes on with it.
 
     Raises:
         ConfigError: If this process has started JAX's devices already.
