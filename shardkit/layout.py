@@ -174,10 +174,10 @@ class Layout:
                 f"{sharding} cuts a leaf of shape {shape} and is no NamedSharding. "
                 "Place the array with one."
             )
-        devices = sorted(sharding.device_set, key=lambda device: device.id)
-        hosts = [device.process_index for device in devices]
-        places = places or Places.listed([d.id for d in devices], hosts, Medium.DEVICE)
-        return cls.of_spec(places, (), shape, dtype)
+        hosts = {device.id: device.process_index for device in sharding.device_set}
+        ids = sorted(hosts)
+        on = places or Places.listed(ids, [hosts[id] for id in ids], Medium.DEVICE)
+        return cls.whole(on, shape, dtype)
 
     @classmethod
     def of_leaf(cls, leaf: LeafLayout, places: Places) -> "Layout":

@@ -21,6 +21,7 @@ from shardkit.senders import Cost, Pattern, unravel
 __all__ = ["Load", "Totals", "add_up", "lacking"]
 
 _MAX_ROWS = 1 << 21
+_MAX_DENSE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +126,10 @@ class _Sums:
         self._sent, self._received, self._scratch = (
             np.zeros(len(self._ids), np.int64) for _ in range(3)
         )
-        self._links: list[tuple[np.ndarray, np.ndarray]] = []
         self._hosts = routes[0].target.hosts if routes else np.zeros(0, np.int64)
+        num = len(self._hosts) ** 2
+        self._dense_links = np.zeros(num if num <= _MAX_DENSE else 0, np.int64)
+        self._links: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, route: Route, loads: Sequence[Load]) -> None:
         """Adds the leaves of a route."""
@@ -175,6 +178,9 @@ class _Sums:
         self, source: np.ndarray, target: np.ndarray, num_bytes: np.ndarray
     ) -> None:
         key = source * len(self._hosts) + target
+        if len(self._dense_links):
+            np.add.at(self._dense_links, key, num_bytes)
+            return
         # Neighbouring pieces mostly share their hosts.
         first = np.flatnonzero(np.diff(key, prepend=-1))
         if len(first):
@@ -182,15 +188,13 @@ class _Sums:
 
     def finish(self) -> Totals:
         """Names what was counted."""
-        keys, num_bytes = (
-            np.concatenate([link[i] for link in self._links])
-            if self._links
-            else np.zeros(0, np.int64)
-            for i in range(2)
-        )
-        keys, where = np.unique(keys, return_inverse=True)
-        total = np.zeros(len(keys), np.int64)
-        np.add.at(total, where, num_bytes)
+        keys = np.flatnonzero(self._dense_links)
+        total = self._dense_links[keys]
+        if self._links:
+            found, num_bytes = map(np.concatenate, zip(*self._links, strict=True))
+            keys, where = np.unique(found, return_inverse=True)
+            total = np.zeros(len(keys), np.int64)
+            np.add.at(total, where, num_bytes)
         hosts, num = self._hosts.tolist(), max(len(self._hosts), 1)
         return Totals(
             bytes_moved=int(self._by_cost.sum()),

@@ -245,8 +245,8 @@ def plan_transfer(
             f"or disk that is left: {'; '.join(parts[:5])}"
             + ("; …" if len(parts) > 5 else "")
             + f" (lost: {len(lost)} devices {sorted(lost)[:8]}, "
-            f"{len(lost_hosts)} hosts {sorted(lost_hosts)[:8]}). Go on from a checkpoint, or keep replicas "
-            "(data > 1)."
+            f"{len(lost_hosts)} hosts {sorted(lost_hosts)[:8]}). Go on from a "
+            "checkpoint, or keep replicas (data > 1)."
         )
     return plan
 

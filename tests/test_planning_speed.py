@@ -69,6 +69,7 @@ def test_totals_do_not_depend_on_how_many_rows_fit_in_memory(monkeypatch):
             expected = plan_transfer([source], target, **options).totals
             with monkeypatch.context() as patch:
                 patch.setattr(totals, "_MAX_ROWS", 8)
+                patch.setattr(totals, "_MAX_DENSE", 0)
                 found = plan_transfer([source], target, **options).totals
             assert found == expected
 
