@@ -15,6 +15,7 @@ References:
 import dataclasses
 import functools
 import itertools
+import math
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -107,6 +108,12 @@ class Route:
     def window(self) -> Box:
         """The whole leaf."""
         return tuple((0, size) for size in self.sizes)
+
+    @functools.cached_property
+    def period(self) -> int:
+        """After how many turns a leaf goes to the same senders again."""
+        members = (member for level in self.levels for member in level.members)
+        return math.lcm(*(member.period for member in members))
 
     def piece(self, pattern: Pattern) -> tuple[int, ...]:
         """The physical shape of a pattern's pieces."""

@@ -229,13 +229,11 @@ def _count(where: np.ndarray, volume: np.ndarray, size: int) -> np.ndarray:
 
 def _turns(route: Route, loads: Sequence[Load]) -> dict[int, tuple[int, int]]:
     """Groups leaves that go to the same senders: turn → sum and maximum of bytes."""
-    members = [member for level in route.levels for member in level.members]
-    period = math.lcm(*(member.period for member in members))
     turns: dict[int, tuple[int, int]] = {}
     for load in loads:
-        total, most = turns.get(load.turn % period, (0, 0))
-        total, most = total + load.unit_bytes, max(most, load.unit_bytes)
-        turns[load.turn % period] = total, most
+        turn = load.turn % route.period
+        total, most = turns.get(turn, (0, 0))
+        turns[turn] = total + load.unit_bytes, max(most, load.unit_bytes)
     return turns
 
 

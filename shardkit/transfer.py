@@ -19,15 +19,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from shardkit.cells import merge
 from shardkit.errors import LostStateError, PartitionError
 from shardkit.layout import Box, Layout
-from shardkit.listing import Requests, offered_by, wanted_by
+from shardkit.listing import Parcel, list_parcels, offered_by, wanted_by
 from shardkit.places import Medium
 from shardkit.router import Router
-from shardkit.routes import Level, Route
+from shardkit.routes import Route
 from shardkit.senders import Cost
 from shardkit.totals import Load, Totals, add_up
 
 __all__ = ["Transfer", "TransferPlan", "plan_transfer"]
 
+_MAX_CACHED = 1 << 12
 Layouts = Layout | Mapping[str, Layout]
 
 
@@ -99,6 +100,7 @@ class TransferPlan:
             turn = kinds.setdefault(kind, len(kinds)) + order[kind]
             order[kind] += 1
             self._leaves[path] = _Leaf(route, dims, Load(unit, turn))
+        self._listed: dict[object, list[Parcel]] = {}
         self.missing: dict[str, list[Box]] = self._find_missing()
 
     def _find_missing(self) -> dict[str, list[Box]]:
@@ -131,18 +133,14 @@ class TransferPlan:
 
     def pieces(self, path: str, target: int) -> list[Transfer]:
         """All that makes up one target's shard of a leaf, what it has included."""
-        return self._transfers(path, wanted_by(self._leaves[path].route, target))
+        return list(self._transfers(path, target, None))
 
     def for_target(
         self, target: int, paths: Iterable[str] | None = None
     ) -> Iterator[Transfer]:
         """Lists what moves to one target, leaf by leaf."""
-        found: dict[Route, list[Requests]] = {}
         for path in self._leaves if paths is None else paths:
-            route = self._leaves[path].route
-            if route not in found:
-                found[route] = wanted_by(route, target)
-            for transfer in self._transfers(path, found[route]):
+            for transfer in self._transfers(path, target, None):
                 if transfer.cost > Cost.SAME_DEVICE:
                     yield transfer
 
@@ -153,51 +151,42 @@ class TransferPlan:
         paths: Iterable[str] | None = None,
     ) -> Iterator[Transfer]:
         """Lists what one source sends to others, leaf by leaf."""
-        found: dict[Route, list[Requests]] = {}
         for path in self._leaves if paths is None else paths:
-            route = self._leaves[path].route
-            if route not in found:
-                found[route] = offered_by(route, source, medium)
-            for transfer in self._transfers(path, found[route]):
+            for transfer in self._transfers(path, source, medium):
                 if transfer.cost > Cost.SAME_DEVICE:
                     yield transfer
 
-    def _transfers(self, path: str, found: Iterable[Requests]) -> list[Transfer]:
-        leaf, transfers = self._leaves[path], []
-        if not leaf.load.unit_bytes:
-            return []
-        for some in found:
-            rows, level = some.rows, some.level
-            boxes: dict[tuple[int, int, int], list[Box]] = {}
-            for row, sender in some.choose(leaf.load.turn):
-                key = sender, int(rows.at[row]), int(rows.cost[row])
-                boxes.setdefault(key, []).append(rows.cells.box(int(rows.cell[row])))
-            for (sender, at, cost), parts in boxes.items():
-                for box in merge(parts) if len(parts) > 1 else parts:
-                    transfers.append(self._transfer(path, level, sender, at, cost, box))
-        return sorted(transfers, key=lambda t: (t.target, t.box))
+    def _transfers(
+        self, path: str, place: int, medium: Medium | None
+    ) -> Iterator[Transfer]:
+        """Lists what a target wants, or a source on a medium is asked for."""
+        leaf = self._leaves[path]
+        unit = leaf.load.unit_bytes
+        for parcel in self._parcels(leaf, place, medium) if unit else ():
+            yield Transfer(
+                path,
+                self._expand(path, parcel.box),
+                parcel.source,
+                parcel.source_index,
+                parcel.medium,
+                parcel.target,
+                parcel.cost,
+                unit * parcel.volume,
+                parcel.is_whole,
+            )
 
-    def _transfer(
-        self, path: str, level: Level, sender: int, at: int, cost: int, box: Box
-    ) -> Transfer:
-        route = self._leaves[path].route
-        number, position = level.member_of(sender)
-        member = level.members[number]
-        whole = route.is_whole(member) and box == route.box(route.target, at)
-        if cost <= Cost.SAME_DEVICE:
-            cost = Cost.HELD if whole else Cost.SAME_DEVICE
-        unit = self._leaves[path].load.unit_bytes
-        return Transfer(
-            path,
-            self._expand(path, box),
-            int(member.places.ids.flat[position]),
-            level.numbers[number],
-            member.places.medium,
-            int(route.target.places.ids.flat[at]),
-            Cost(cost),
-            unit * math.prod(stop - start for start, stop in box),
-            whole,
-        )
+    def _parcels(self, leaf: _Leaf, place: int, medium: Medium | None) -> list[Parcel]:
+        route = leaf.route
+        key = route, place, medium, leaf.load.turn % route.period
+        if key not in self._listed:
+            if len(self._listed) >= _MAX_CACHED:
+                self._listed.clear()
+            if medium is None:
+                requests = wanted_by(route, place)
+            else:
+                requests = offered_by(route, place, medium)
+            self._listed[key] = list_parcels(route, requests, leaf.load.turn)
+        return self._listed[key]
 
 
 def plan_transfer(
