@@ -17,9 +17,14 @@ ROOT = Path(__file__).parents[1]
 # `build` above "shardkit", the package itself, whose lazy names reach all below it.
 TIERS = [
     "errors events version waits",
-    "tree mesh keys membership nn model shards rounding jaxprs corpus batch prefetch",
+    "tree mesh keys membership nn model places shards rounding jaxprs corpus batch "
+    "prefetch",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules",
-    "digest state localize program gradient",
+    "digest state localize program gradient senders",
+    "cells",
+    "routes shares",
+    "listing totals router device_order",
+    "transfer",
     "recipe reshard",
     "placement",
     "elastic metrics checkpoint evaluation",
