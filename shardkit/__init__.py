@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shardkit.model import Model as Model
     from shardkit.program import Program as Program
     from shardkit.recipe import LossScale as LossScale
+    from shardkit.resharding import reshard as reshard
     from shardkit.trainer import Trainer as Trainer
     from shardkit.version import __version__ as __version__
 
@@ -57,6 +58,7 @@ _HOMES = {
     "model": "LossOutput Model",
     "program": "Program",
     "recipe": "LossScale",
+    "resharding": "reshard",
     "trainer": "Trainer",
     "version": "__version__",
 }

@@ -204,6 +204,7 @@ def build_trainer(
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),
         strict=config.train.strict,
+        standby=config.train.standby,
         devices=devices,
         events=events,
         manifest={"config": configs.identity(config), "corpus_digest": digest},

@@ -19,10 +19,15 @@ from shardkit.membership import Change
 from shardkit.mesh import device_ids
 from shardkit.placement import Placement
 from shardkit.prefetch import Prefetcher
+from shardkit.standby import Standby, likely_counts
 from shardkit.state import TrainState
 from shardkit.waits import Waiter
 
 __all__ = ["Controller"]
+
+# Steps on a placement before the next ones are thought of, so that the first steps
+# have the machine to themselves.
+_SETTLED = 2
 
 
 class Controller:
@@ -37,10 +42,12 @@ class Controller:
         stop_on_failure: Whether a failed certificate ends the run.
         events: Where events are sent.
         waiter: What waits for programs and batches.
+        standby: What makes programs ready before they are needed, or None.
 
     Attributes:
         step: How many steps are done; the index of the next one.
         live: The placement and the state on it; None before the first use.
+        scripted: Device counts that are known to come.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class Controller:
         stop_on_failure: bool,
         events: EventLog,
         waiter: Waiter,
+        standby: Standby | None = None,
     ) -> None:
         self.placements, self.events, self.waiter = placements, events, waiter
         self.step = 0
@@ -61,6 +69,8 @@ class Controller:
         self._prefetcher = Prefetcher(data)
         self._checkpoints, self._manifest = checkpoints, dict(manifest)
         self._certifies, self._stop_on_failure = certify, stop_on_failure
+        self._standby, self.scripted = standby, list[int]()
+        self._num_here = 0
         self._record: dict[str, Any] | None = None
         self._own_steps: set[int] = set()
         self._is_closed = False
@@ -98,6 +108,11 @@ class Controller:
         state, metrics = placement.step(state, self._batch())
         # State and step move together, before anybody sees either.
         self.live, self.step = (placement, state), self.step + 1
+        self._num_here += 1
+        if self._standby is not None and self._num_here == _SETTLED:
+            num_pool = len(self.placements.pool)
+            counts = likely_counts(placement.num_devices, num_pool, self.scripted)
+            self._standby.expect(counts)
         if is_first and placement.not_donated:
             names = ", ".join(placement.not_donated)
             message = f"not donated, so that they exist twice during a step: {names}"
@@ -109,6 +124,7 @@ class Controller:
         old, before = self.start()
         new = self.placements.on(num_devices)
         transition = Transition(old, new)
+        self._num_here = 0
         counts = {"from_devices": old.num_devices, "to_devices": new.num_devices}
         self.events.emit("reconfiguring", step=self.step, **counts)
         if change.lost:
@@ -241,6 +257,8 @@ class Controller:
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
         self._prefetcher.close()
+        if self._standby is not None:
+            self._standby.close()
         if self._checkpoints is not None:
             self._checkpoints.close()
             self._checkpoints = None

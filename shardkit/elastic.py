@@ -6,8 +6,9 @@ that was. In which order the parts are done is the controller's business.
 """
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +19,9 @@ from shardkit.events import EventLog
 from shardkit.membership import Change, Membership
 from shardkit.mesh import BATCH_AXES, MeshSpec, device_ids, mesh_sizes
 from shardkit.placement import Placement
+from shardkit.program import in_this_context
 from shardkit.recipe import Recipe
-from shardkit.reshard import reshard
+from shardkit.resharding import move_state
 from shardkit.state import TrainState
 from shardkit.waits import Waiter
 
@@ -59,6 +61,7 @@ class Placements:
         eval_batch: A global batch to evaluate on; the very same object for one alike.
         events: Where compilations and decisions are recorded.
         waiter: What waits for programs.
+        certifies: Whether a change may need digests.
 
     Attributes:
         recipe: What is computed.
@@ -79,6 +82,8 @@ class Placements:
         eval_batch: Any,
         events: EventLog,
         waiter: Waiter,
+        *,
+        certifies: bool = True,
     ) -> None:
         # A mesh that fits on no devices should fail before anything runs.
         sizes = spec.sizes(len(pool))
@@ -93,31 +98,49 @@ class Placements:
         self._batch, self._events, self._waiter = batch, events, waiter
         params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
         self._outputs = recipe.output_structure(params, batch, eval_batch)
+        self._certifies = certifies
         self._known: dict[Any, Placement] = {}
+        self._told: set[int] = set()
+        self._lock = threading.Lock()
 
     def on(self, num_devices: int) -> Placement:
         """Returns the placement on `num_devices` devices of the pool."""
-        mesh = self._spec.build(choose_devices(self.pool, num_devices))
-        key = (device_ids(mesh), tuple(mesh.shape.items()))
-        if key not in self._known:
+        if num_devices not in self._told:
+            self._told.add(num_devices)
             for note in self._spec.decisions(num_devices):
                 self._events.emit("notice", message=f"mesh: {note}")
-            self._known[key] = Placement(
-                self.recipe,
-                self._layout,
-                mesh,
-                self._batch,
-                self._outputs,
-                self._events,
-                self._waiter,
-            )
-        return self._known[key]
+        return self._derive(num_devices)
+
+    def preparing(self, num_devices: int) -> Callable[[], int]:
+        """Returns what compiles all that a change to `num_devices` needs.
+
+        It may run in any thread, and returns the bytes of code that it added.
+        """
+        return in_this_context(
+            lambda: self._derive(num_devices).prepare(digests=self._certifies)
+        )
+
+    def _derive(self, num_devices: int) -> Placement:
+        mesh = self._spec.build(choose_devices(self.pool, num_devices))
+        key = (device_ids(mesh), tuple(mesh.shape.items()))
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = Placement(
+                    self.recipe,
+                    self._layout,
+                    mesh,
+                    self._batch,
+                    self._outputs,
+                    self._events,
+                    self._waiter,
+                )
+            return self._known[key]
 
     def compiles(self) -> dict[str, int]:
         """How often each program was compiled, over all placements."""
         totals: dict[str, int] = {}
-        for placement in self._known.values():
-            for name, program in placement.programs.items():
+        for placement in list(self._known.values()):
+            for name, program in list(placement.programs.items()):
                 totals[name] = totals.get(name, 0) + program.counts["compile"]
         return totals
 
@@ -163,12 +186,16 @@ class Transition:
     Args:
         old: Where the state is.
         new: Where it goes.
+
+    Attributes:
+        was_ready: Whether the program was compiled when the change came.
     """
 
     def __init__(self, old: Placement, new: Placement) -> None:
         self.old, self.new = old, new
         self.phases_s: dict[str, float] = {}
         self.bytes_moved = 0
+        self.was_ready = new.is_compiled
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -191,7 +218,7 @@ class Transition:
             LostStateError: If a part of it survives nowhere.
         """
         with self.phase("move"):
-            moved = reshard(
+            moved = move_state(
                 state,
                 self.old.layout,
                 self.old.mesh,
@@ -212,6 +239,7 @@ class Transition:
             "to_mesh": mesh_sizes(self.new.mesh),
             "bytes_moved": self.bytes_moved,
             "phases_s": {name: round(s, 6) for name, s in self.phases_s.items()},
+            "was_ready": self.was_ready,
             "certified": certified,
         }
 

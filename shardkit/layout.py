@@ -18,15 +18,7 @@ from shardkit.errors import PartitionError
 from shardkit.places import Medium, Places
 from shardkit.shards import Shards
 
-__all__ = [
-    "SHARD_AXIS",
-    "Box",
-    "Layout",
-    "LeafLayout",
-    "Piece",
-    "plan_pieces",
-    "state_shards",
-]
+__all__ = ["SHARD_AXIS", "Box", "Layout", "LeafLayout", "state_shards"]
 
 Box = tuple[tuple[int, int], ...]
 """A box of global indices: `(start, stop)` for every dim."""
@@ -239,67 +231,6 @@ def _itemsize(dtype: Any) -> int:
     return size if isinstance(size, int) else np.dtype(dtype).itemsize
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Part of a target piece: rows `[start, stop)` of the cut dim from one source."""
-
-    source: Any
-    start: int
-    stop: int
-
-
 def state_shards(mesh: Mesh, *, exact: bool = True) -> Shards:
     """How state is cut on `mesh`, for use inside `shard_map`."""
     return Shards(SHARD_AXIS, mesh.shape[SHARD_AXIS], exact)
-
-
-def holders(leaf: LeafLayout, mesh: Mesh, lost: frozenset[int]) -> list[list[Any]]:
-    """Lists, for every piece, the surviving devices that hold it."""
-    axis = mesh.axis_names.index(SHARD_AXIS)
-    grid = np.moveaxis(mesh.devices, axis, 0).reshape(mesh.shape[SHARD_AXIS], -1)
-    if leaf.dim < 0:
-        grid = grid.reshape(1, -1)
-    return [[d for d in row if d.id not in lost] for row in grid]
-
-
-def plan_pieces(
-    leaf: LeafLayout, old: Mesh, new: Mesh, lost: frozenset[int] = frozenset()
-) -> dict[Any, list[Piece]] | None:
-    """Plans where every device of the new mesh takes its piece from.
-
-    Args:
-        leaf: The leaf, whose dim is cut or not on both meshes alike.
-        old: Where it is.
-        new: Where it goes.
-        lost: Ids of devices whose memory is gone.
-
-    Returns:
-        Device → pieces in order; None if part of the leaf survives nowhere.
-    """
-    sources = holders(leaf, old, lost)
-    count = len(sources)
-    for i, devices in enumerate(sources):
-        start, stop = leaf.interval(i, count) if leaf.dim >= 0 else (0, 1)
-        # A piece of padding alone can be lost without a loss.
-        if not devices and start < stop:
-            return None
-    plan: dict[Any, list[Piece]] = {}
-    for index, row in enumerate(holders(leaf, new, frozenset())):
-        for turn, target in enumerate(row):
-            if leaf.dim < 0:
-                plan[target] = [Piece(_pick(sources[0], target, turn), 0, 0)]
-                continue
-            low, high = leaf.interval(index, new.shape[SHARD_AXIS])
-            plan[target] = []
-            for i, devices in enumerate(sources):
-                start, stop = leaf.interval(i, count)
-                a, b = max(low, start), min(high, stop)
-                if a < b:
-                    source = _pick(devices, target, index + turn)
-                    plan[target].append(Piece(source, a, b))
-    return plan
-
-
-def _pick(devices: list[Any], target: Any, turn: int) -> Any:
-    """Prefers the target itself, else spreads the load over the replicas."""
-    return target if target in devices else devices[turn % len(devices)]

@@ -80,6 +80,10 @@ class Membership(Protocol):
         """Raises `MembershipError` for what can be seen to be impossible."""
         ...
 
+    def expected(self) -> list[int]:
+        """Device counts that are known to come, in order."""
+        ...
+
 
 class _Silent:
     """A source that needs no starting and cannot be known to be wrong."""
@@ -95,6 +99,9 @@ class _Silent:
     def check(self, num_pool: int) -> None:
         pass
 
+    def expected(self) -> list[int]:
+        return []
+
 
 class _Scripted(_Silent):
     is_shared = True
@@ -108,11 +115,12 @@ class _Scripted(_Silent):
         self._asked: int | None = None
         return lambda: None
 
+    def expected(self) -> list[int]:
+        changes = [self._script[step] for step in sorted(self._script)]
+        return [x.num_devices if isinstance(x, Lost) else x for x in changes]
+
     def check(self, num_pool: int) -> None:
-        counts = {
-            step: change.num_devices if isinstance(change, Lost) else change
-            for step, change in self._script.items()
-        }
+        counts = dict(zip(sorted(self._script), self.expected(), strict=True))
         bad = {s: n for s, n in counts.items() if s < 0 or not 1 <= n <= num_pool}
         if bad:
             raise MembershipError(
@@ -247,6 +255,9 @@ class _Combined:
     def check(self, num_pool: int) -> None:
         for source in self._sources:
             source.check(num_pool)
+
+    def expected(self) -> list[int]:
+        return [count for source in self._sources for count in source.expected()]
 
     def poll(self, step: int, num_devices: int) -> Change | None:
         found = []

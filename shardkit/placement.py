@@ -109,16 +109,36 @@ class Placement:
         return self.executable is not None
 
     def compile(self) -> None:
-        """Compiles the step; it may take minutes, and touches no state."""
-        state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
-        step = self.programs["step"]
+        """Compiles the step, hearing signals; it may take minutes."""
         if not self.is_compiled:
-            self.executable = self._ready(step, state, self._slots, self.root)
+            self.executable = self._ready(self.programs["step"], *self._step_args())
 
     def compile_digests(self) -> None:
         """Compiles what `digest` needs, which then waits for nothing."""
         for leaf in jax.tree.leaves(self.layout):
             self._ready(*self._digester(leaf))
+
+    def prepare(self, *, digests: bool) -> int:
+        """Compiles all that a change to this placement needs, in this thread.
+
+        Returns:
+            The bytes of code that this added, as far as they are known.
+        """
+        if self.is_compiled:
+            return 0
+        self.executable = self.programs["step"].compile(*self._step_args())
+        found = {id(self.executable): self.executable}
+        if digests:
+            for leaf in jax.tree.leaves(self.layout):
+                program, abstract = self._digester(leaf)
+                executable = program.compile(abstract)
+                found[id(executable)] = executable
+        sizes = [x.memory_analysis() for x in found.values()]
+        return sum(x.generated_code_size_in_bytes for x in sizes if x is not None)
+
+    def _step_args(self) -> tuple[Any, ...]:
+        state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+        return state, self._slots, self.root
 
     def step(
         self, state: TrainState, batch: Any
@@ -189,7 +209,8 @@ class Placement:
             def digest(x: Array) -> Array:
                 return lax.with_sharding_constraint(leaf_digest(x, leaf), whole)
 
-            self.programs[key] = Program(digest, name="digest", exact=False)
+            # Another thread may prepare this placement, and then one of them is kept.
+            self.programs.setdefault(key, Program(digest, name="digest", exact=False))
         return self.programs[key], leaf.physical(self.mesh)
 
     def logical(self, state: TrainState) -> TrainState:

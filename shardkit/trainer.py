@@ -25,6 +25,7 @@ from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.prefetch import Prefetcher
 from shardkit.recipe import LossScale, Recipe
+from shardkit.standby import Standby
 from shardkit.state import TrainState
 from shardkit.waits import GivenUp, Waiter
 
@@ -59,6 +60,8 @@ class Trainer:
         path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
         strict: Whether unannotated leaves and unused rules are errors.
         devices: The pool; None for all devices.
+        standby: How many placements that may come next are compiled in the
+            background, over the whole run; 0 for none.
         events: Where events are sent; None for a log of its own. Notices to which
             nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
@@ -104,6 +107,7 @@ class Trainer:
         path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
         strict: bool = False,
         devices: Sequence[Any] | None = None,
+        standby: int = 0,
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
@@ -148,24 +152,28 @@ class Trainer:
 
         waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
+        certifies = certify != "off" and consistency == "exact"
+        placements = Placements(
+            self._recipe,
+            layout,
+            mesh or MeshSpec(),
+            pool,
+            like,
+            _abstract(eval.data(0)) if eval else like,
+            self.events,
+            waiter,
+            certifies=certifies,
+        )
         self._controller = Controller(
-            placements=Placements(
-                self._recipe,
-                layout,
-                mesh or MeshSpec(),
-                pool,
-                like,
-                _abstract(eval.data(0)) if eval else like,
-                self.events,
-                waiter,
-            ),
+            placements=placements,
             data=checked,
             checkpoints=Checkpoints(checkpoint) if checkpoint else None,
             manifest={**known, **(manifest or {})},
-            certify=certify if consistency == "exact" else "off",
+            certify=certify if certifies else "off",
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
+            standby=Standby(placements, max_programs=standby) if standby else None,
         )
         self._eval_data = Prefetcher(eval.data) if eval else None
 
@@ -222,6 +230,7 @@ class Trainer:
                 "watched files cannot promise; use sk.scripted there"
             )
 
+        controller.scripted = membership.expected()
         stop = membership.start()
         metrics = self._run(steps, membership)
         try:

@@ -22,6 +22,7 @@ CHANGE = {
     "to_mesh": {"fsdp": 3},
     "bytes_moved": 3 * 2**20,
     "phases_s": {"plan": 0.01, "move": 0.24},
+    "was_ready": False,
     "certified": True,
 }
 

@@ -18,14 +18,15 @@ ROOT = Path(__file__).parents[1]
 TIERS = [
     "errors events version waits",
     "tree mesh keys membership nn model places shards rounding jaxprs corpus batch "
-    "prefetch",
+    "prefetch standby",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules",
     "digest state localize program gradient senders",
     "cells",
     "routes shares",
     "listing totals router device_order",
     "transfer",
-    "recipe reshard",
+    "carry",
+    "recipe resharding",
     "placement",
     "elastic metrics checkpoint evaluation",
     "controller",

@@ -168,6 +168,7 @@ def test_certification(make, certify, verdicts):
         "to_devices": 3,
         "from_mesh": {"data": 2, "fsdp": 4},
         "to_mesh": {"fsdp": 3},
+        "was_ready": False,
         "certified": verdicts[2],
     }
     phases = {"compile", "move"} | ({"certify"} if verdicts[2] else set())

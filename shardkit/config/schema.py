@@ -26,7 +26,14 @@ __all__ = [
     "to_toml",
 ]
 
-FREE_ON_RESUME = ("devices", "resize", "mesh", "train.steps", "train.log_every")
+FREE_ON_RESUME = (
+    "devices",
+    "resize",
+    "mesh",
+    "train.steps",
+    "train.log_every",
+    "train.standby",
+)
 """Keys that say where a run is evaluated, how far and how it is shown."""
 
 _USED_BY = {
@@ -188,12 +195,14 @@ class TrainSection:
     """Steps between evaluations; 0 evaluates at the end alone."""
     eval_batches: int = 8
     """Global batches per evaluation; 0 never evaluates."""
+    standby: int = 4
+    """How many placements that may come next are compiled in the background."""
     log_every: int | None = None
     """Steps between lines where there is no terminal; None is a tenth of the run."""
 
     def __post_init__(self):
         _at_least(self, 1, "steps", "log_every")
-        _at_least(self, 0, "seed", "eval_every", "eval_batches")
+        _at_least(self, 0, "seed", "eval_every", "eval_batches", "standby")
         _fraction(self, "ema")
         if self.loss_scale is not None and self.loss_scale <= 0:
             raise ConfigError(

@@ -30,6 +30,7 @@ _RECONFIGURE_FIELDS = (
     "to_mesh",
     "bytes_moved",
     "phases_s",
+    "was_ready",
     "certified",
 )
 

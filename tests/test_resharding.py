@@ -1,14 +1,18 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from shardkit.errors import LostStateError
+from shardkit import carry
+from shardkit.errors import ConfigError, LostStateError
 from shardkit.layout import LeafLayout
 from shardkit.mesh import MeshSpec
-from shardkit.reshard import from_host, reshard, to_host
+from shardkit.resharding import from_host, move_state, reshard, to_host
 
 LEAVES = [
     LeafLayout("rows", (5, 3), np.dtype("float32"), 0),
@@ -103,7 +107,7 @@ meshes = st.builds(
 @given(old=meshes, new=meshes, keep=st.booleans())
 def test_any_mesh_to_any_mesh_keeps_every_bit(old, new, keep):
     tree = [place(leaf, old) for leaf in LEAVES]
-    moved = reshard(tree, LEAVES, old, new, keep_source=keep)
+    moved = move_state(tree, LEAVES, old, new, keep_source=keep)
     for leaf, array in zip(LEAVES, moved.tree, strict=True):
         check(leaf, array, new)
 
@@ -126,24 +130,22 @@ def test_what_is_lost_is_taken_from_replicas_or_named(old, new, data):
         )
     ]
     if not gone:
-        moved = reshard(tree, LEAVES, old, new, lost=lost)
+        moved = move_state(tree, LEAVES, old, new, lost=lost)
         for leaf, array in zip(LEAVES, moved.tree, strict=True):
             check(leaf, array, new)
         return
     with pytest.raises(LostStateError) as caught:
-        reshard(tree, LEAVES, old, new, lost=lost)
+        move_state(tree, LEAVES, old, new, lost=lost)
     message = str(caught.value)
-    assert f"{len(gone)} leaves" in message
-    assert str(sorted(lost)) in message
-    assert ", ".join(gone[:5]) in message
-    assert ("…" in message) == (len(gone) > 5)
+    assert gone[0] in message
+    assert all(path in message for path in gone[:2])
 
 
 def test_a_lost_state_is_left_where_it_is():
     old, new = mesh_of(1, 2), mesh_of(1, 1)
     tree = [place(leaf, old) for leaf in LEAVES]
     with pytest.raises(LostStateError):
-        reshard(tree, LEAVES, old, new, lost=frozenset({1}))
+        move_state(tree, LEAVES, old, new, lost=frozenset({1}))
     for leaf, array in zip(LEAVES, tree, strict=True):
         check(leaf, array, old)
 
@@ -152,7 +154,7 @@ def test_a_lost_state_is_left_where_it_is():
 def test_keep_source_really_keeps(new):
     old, new = mesh_of(1, 4), mesh_of(*new)
     tree = [place(leaf, old) for leaf in LEAVES]
-    moved = reshard(tree, LEAVES, old, new, keep_source=True)
+    moved = move_state(tree, LEAVES, old, new, keep_source=True)
     consume = jax.jit(
         lambda tree: [x if x.dtype == jnp.bool_ else x * 0 for x in tree],
         donate_argnums=0,
@@ -161,7 +163,7 @@ def test_keep_source_really_keeps(new):
     for leaf, array in zip(LEAVES, tree, strict=True):
         check(leaf, array, old)
     # And the other way round: the copy lives on when the source is consumed.
-    moved = reshard(tree, LEAVES, old, new, keep_source=True)
+    moved = move_state(tree, LEAVES, old, new, keep_source=True)
     jax.block_until_ready(consume(tree))
     for leaf, array in zip(LEAVES, moved.tree, strict=True):
         check(leaf, array, new)
@@ -170,7 +172,7 @@ def test_keep_source_really_keeps(new):
 def test_moved_arrays_can_be_donated():
     old, new = mesh_of(1, 3), mesh_of(1, 5)
     leaf = LeafLayout("w", (512, 8), np.dtype("float32"), 0)
-    [moved] = reshard([place(leaf, old)], [leaf], old, new).tree
+    [moved] = move_state([place(leaf, old)], [leaf], old, new).tree
     jax.jit(lambda x: x + 1, donate_argnums=0)(moved)
     assert moved.is_deleted()
 
@@ -191,16 +193,16 @@ def test_moved_arrays_can_be_donated():
 )
 def test_bytes_moved_counts_what_changes_devices(leaf, old, new, expected):
     old, new = mesh_of(*old), mesh_of(*new)
-    assert reshard([place(leaf, old)], [leaf], old, new).bytes_moved == expected
+    assert move_state([place(leaf, old)], [leaf], old, new).bytes_moved == expected
 
 
 def test_typed_keys_move_like_any_leaf():
     key = jax.random.key(3)
     leaf = LeafLayout("key", (), key.dtype, -1)
-    old, new = mesh_of(1, 2), mesh_of(1, 5, first=2)
+    old, new = mesh_of(1, 2, first=1), mesh_of(1, 5, first=2)
     placed = jax.device_put(key, leaf.sharding(old))
-    for keep in (False, True):
-        [moved] = reshard([placed], [leaf], old, new, keep_source=keep).tree
+    for keep in (True, False):
+        [moved] = move_state([placed], [leaf], old, new, keep_source=keep).tree
         assert moved.sharding.device_set == set(new.devices.flat)
         assert bits(jax.random.key_data(moved)) == bits(jax.random.key_data(key))
 
@@ -224,8 +226,106 @@ def test_from_host_pads_with_zeros_and_borrows_nothing():
 
 def test_the_tree_keeps_its_structure():
     old, new = mesh_of(1, 2), mesh_of(1, 3)
-    [leaf] = LEAVES[:1]
-    tree = {"a": [place(leaf, old)], "b": None, "c": (place(leaf, old),)}
-    layout = jax.tree.map(lambda _: leaf, tree)
-    moved = reshard(tree, layout, old, new)
+    leaf, other = LEAVES[:2]
+    tree = {"a": [place(leaf, old)], "b": None, "c": (place(other, old),)}
+    layout = {"a": [leaf], "b": None, "c": (other,)}
+    moved = move_state(tree, layout, old, new)
     assert jax.tree.structure(moved.tree) == jax.tree.structure(tree)
+
+
+DTYPES = [
+    "float32", "bfloat16", "float16", "int32", "int8", "bool", "int4", "float8_e4m3fn",
+    "complex64", "uint32",
+]  # fmt: skip
+
+
+@st.composite
+def shardings(draw, shape):
+    """Any mesh of up to eight devices, in any order, and any spec that divides."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    while math.prod(sizes) > 8:
+        sizes[sizes.index(max(sizes))] -= 1
+    devices = draw(st.permutations(jax.devices()))[: math.prod(sizes)]
+    names = draw(st.permutations(["a", "b", "c"]))[: len(sizes)]
+    mesh = Mesh(np.array(devices).reshape(sizes), tuple(names))
+    free, spec = list(names), []
+    for size in shape:
+        cut = []
+        for name in draw(st.permutations(free)):
+            count = math.prod(mesh.shape[axis] for axis in [*cut, name])
+            if draw(st.booleans()) and size % count == 0:
+                cut.append(name)
+        free = [name for name in free if name not in cut]
+        spec.append(tuple(cut) or None)
+    while spec and spec[-1] is None and draw(st.booleans()):
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+@st.composite
+def reshards(draw):
+    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 4, 6, 8, 12]), max_size=3)))
+    dtype = np.dtype(getattr(jnp, draw(st.sampled_from(DTYPES))))
+    return shape, dtype, draw(shardings(shape)), draw(shardings(shape))
+
+
+def values_of(shape, dtype):
+    values = np.arange(math.prod(shape)).reshape(shape)
+    return (values % 2 == 0) if dtype == np.bool_ else (values % 7).astype(dtype)
+
+
+@pytest.mark.parametrize("by_host", [False, True])
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(case=reshards(), donate=st.booleans())
+def test_any_sharding_to_any_other_keeps_every_bit(by_host, case, donate):
+    shape, dtype, old, new = case
+    truth = values_of(shape, dtype)
+    array = jax.device_put(truth, old)
+    original = carry.by_host
+    carry.by_host = lambda devices: by_host
+    try:
+        moved = reshard({"w": [array]}, new, donate=donate)["w"][0]
+    finally:
+        carry.by_host = original
+    assert moved.sharding == new
+    assert (moved.shape, moved.dtype) == (shape, dtype)
+    assert bits(moved) == bits(truth)
+    for shard in moved.addressable_shards:
+        assert bits(shard.data) == bits(truth[shard.index])
+    if not donate:
+        assert bits(array) == bits(truth)
+        moved.delete()
+        for shard in array.addressable_shards:
+            assert bits(shard.data) == bits(truth[shard.index])
+
+
+def test_a_tree_of_anything_moves():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    spread = NamedSharding(mesh, PartitionSpec("x"))
+    keys = jax.random.split(jax.random.key(5), 8)
+    tree = {
+        "keys": jax.device_put(keys, spread),
+        "host": np.arange(8),
+        "one": jnp.float32(3),
+        "none": None,
+    }
+    one = SingleDeviceSharding(jax.devices()[6])
+    moved = reshard(tree, one)
+    assert moved["none"] is None
+    assert all(
+        x.sharding.device_set == {jax.devices()[6]} for x in jax.tree.leaves(moved)
+    )
+    assert bits(jax.random.key_data(moved["keys"])) == bits(jax.random.key_data(keys))
+    back = reshard(moved["keys"], spread)
+    assert back.sharding == spread
+    assert bits(jax.random.key_data(back)) == bits(jax.random.key_data(keys))
+
+
+def test_a_limit_on_scratch_that_cannot_hold_names_the_least():
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    tree = [jax.device_put(jnp.ones((16, 64)), NamedSharding(mesh, PartitionSpec("x")))]
+    whole = NamedSharding(mesh, PartitionSpec())
+    with pytest.raises(ConfigError, match=r"needs 4096 bytes.*found 4095"):
+        reshard(tree, whole, scratch_bytes=4095)
+    [moved] = reshard(tree, whole, scratch_bytes=4096)
+    assert bits(moved) == bits(np.ones((16, 64), np.float32))

@@ -1,0 +1,194 @@
+"""Moves live arrays to other devices or another layout.
+
+Owns the way from arrays and where they are wanted to a plan that is carried out, for
+any tree and for a training state with its padding. Invariant: the logical array is the
+same before and after, to the bit. What comes from where is `transfer`'s decision, and
+the copies are `carry`'s.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, Sharding
+
+from shardkit.carry import carry
+from shardkit.errors import LostStateError
+from shardkit.layout import SHARD_AXIS, Layout, LeafLayout
+from shardkit.places import Places
+from shardkit.transfer import plan_transfer
+from shardkit.tree import named_leaves
+
+__all__ = ["Moved", "from_host", "move_state", "reshard", "to_host"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """The arrays where they now are.
+
+    Attributes:
+        tree: The state on the new mesh.
+        bytes_moved: What went from one device to another.
+    """
+
+    tree: Any
+    bytes_moved: int
+
+
+def reshard(
+    tree: Any,
+    shardings: Any,
+    *,
+    donate: bool = False,
+    scratch_bytes: int | None = None,
+) -> Any:
+    """Copies a tree of arrays to other shardings, straight from device to device.
+
+    Args:
+        tree: Arrays of any dtype, random keys among them, on any devices of this
+            process.
+        shardings: A tree like it, or a prefix of it, of `NamedSharding` or shardings
+            that cut nothing.
+        donate: Whether the arrays may be used up, and with them whatever shares their
+            memory; each is freed when it has been sent.
+        scratch_bytes: How many bytes may be on their way to a device at a time; at
+            least what the largest piece needs. None for no limit.
+
+    Returns:
+        The tree at its new place.
+
+    Raises:
+        ConfigError: If `scratch_bytes` is too small, naming the least.
+        PartitionError: If a sharding is of another kind.
+
+    Example:
+        >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        >>> mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+        >>> sharding = NamedSharding(mesh, PartitionSpec("x"))
+        >>> reshard({"w": jax.numpy.arange(4)}, sharding)["w"].sharding == sharding
+        True
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    paths = [path for path, _ in named_leaves(tree)]
+    wanted = jax.tree.leaves(
+        jax.tree.map(
+            lambda sharding, part: jax.tree.map(lambda _: sharding, part),
+            shardings,
+            tree,
+            is_leaf=lambda x: isinstance(x, Sharding),
+        ),
+        is_leaf=lambda x: isinstance(x, Sharding),
+    )
+    arrays = dict(zip(paths, map(_raw, map(jax.numpy.asarray, leaves)), strict=True))
+    shardings = dict(zip(paths, wanted, strict=True))
+    source, target = (
+        {
+            path: Layout.of_sharding(of[path], array.shape, array.dtype)
+            for path, array in arrays.items()
+        }
+        for of in ({path: x.sharding for path, x in arrays.items()}, shardings)
+    )
+    plan = plan_transfer([source], target)
+    out = carry(
+        plan, arrays, shardings, keep_source=not donate, scratch_bytes=scratch_bytes
+    )
+    return treedef.unflatten(
+        [_like(out[path], leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    )
+
+
+def move_state(
+    tree: Any,
+    layout: Any,
+    old: Mesh,
+    new: Mesh,
+    *,
+    lost: frozenset[int] = frozenset(),
+    keep_source: bool = False,
+) -> Moved:
+    """Moves a training state to another mesh.
+
+    Args:
+        tree: Arrays as they lie on `old`.
+        layout: A tree of `LeafLayout`.
+        old: Where they are.
+        new: Where they go.
+        lost: Ids of devices whose memory is gone.
+        keep_source: Whether the source is still to be used, so that no memory may
+            be shared with it.
+
+    Raises:
+        LostStateError: Naming leaves and parts that survive nowhere.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    layouts: list[LeafLayout] = jax.tree.leaves(layout)
+    if not all(array.is_fully_addressable for array in leaves):
+        return Moved(*_through_hosts(leaves, layouts, treedef, new, lost))
+    places = Places.of_mesh(old), Places.of_mesh(new)
+    source, target = (
+        {leaf.path: Layout.of_leaf(leaf, grid) for leaf in layouts} for grid in places
+    )
+    plan = plan_transfer([source], target, lost=lost)
+    arrays = {leaf.path: x for leaf, x in zip(layouts, leaves, strict=True)}
+    shardings = {leaf.path: leaf.sharding(new) for leaf in layouts}
+    out = carry(plan, arrays, shardings, keep_source=keep_source)
+    moved = treedef.unflatten([out[leaf.path] for leaf in layouts])
+    return Moved(moved, plan.totals.bytes_moved)
+
+
+def _through_hosts(
+    leaves: list[Array],
+    layouts: list[LeafLayout],
+    treedef: Any,
+    new: Mesh,
+    lost: frozenset[int],
+) -> tuple[Any, int]:
+    """The way for arrays of several processes: every process sees the whole leaf."""
+    if lost:
+        raise LostStateError(
+            f"devices {sorted(lost)} are lost, and over several processes replicas "
+            "cannot be reached. Go on from a checkpoint."
+        )
+    wholes = [to_host(x, leaf) for x, leaf in zip(leaves, layouts, strict=True)]
+    moved = [from_host(x, leaf, new) for x, leaf in zip(wholes, layouts, strict=True)]
+    return treedef.unflatten(moved), sum(x.nbytes for x in wholes)
+
+
+def to_host(array: Array, leaf: LeafLayout) -> np.ndarray:
+    """Copies the logical array to the memory of every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        whole = np.asarray(array)
+    else:
+        from jax.experimental import multihost_utils
+
+        whole = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(whole)[tuple(slice(0, size) for size in leaf.shape)]
+
+
+def from_host(whole: np.ndarray, leaf: LeafLayout, mesh: Mesh) -> Array:
+    """Places a logical array that every process has on a mesh."""
+    shape = leaf.physical_shape(mesh.shape[SHARD_AXIS])
+    pad = [(0, a - b) for a, b in zip(shape, leaf.shape, strict=True)]
+    whole = np.pad(whole, pad) if any(after for _, after in pad) else whole
+    sharding = leaf.sharding(mesh)
+    pieces = [
+        jax.device_put(whole[index], device, may_alias=False)
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
+
+
+def _is_key(x: Any) -> bool:
+    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _raw(x: Array) -> Array:
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _like(raw: Array, x: Any) -> Array:
+    if not _is_key(x):
+        return raw
+    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(x))

@@ -1,0 +1,145 @@
+"""Programs that wait for a change of devices before anybody asks for one.
+
+Owns the thread that compiles the placements likely to come next, and the guess which
+those are. Invariant: nobody waits for it. It holds no state of a run; what it has
+compiled it leaves with the placements.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+__all__ = ["Standby", "likely_counts"]
+
+_NICENESS = 10
+
+
+class Derivable(Protocol):
+    """What can be made ready; `elastic.Placements` is one."""
+
+    def preparing(self, num_devices: int) -> Callable[[], int]:
+        """Returns what makes a placement ready and returns the bytes of code added.
+
+        Called where settings hold that the work must see; the work runs elsewhere.
+        """
+        ...
+
+
+def likely_counts(
+    num_devices: int, num_pool: int, scripted: Iterable[int] = ()
+) -> list[int]:
+    """Guesses the device counts of the next change, the likeliest first.
+
+    Args:
+        num_devices: How many there are.
+        num_pool: How many there can be.
+        scripted: What is known to come, in order.
+
+    Returns:
+        Counts from 1 to `num_pool`, each once, without the present one: what is
+        scripted; one and two fewer; the whole pool; one more; half.
+
+    Example:
+        >>> likely_counts(6, 8, scripted=[3, 8])
+        [3, 8, 5, 4, 7]
+    """
+    guesses = [
+        *scripted,
+        num_devices - 1,
+        num_devices - 2,
+        num_pool,
+        num_devices + 1,
+        num_devices // 2,
+    ]
+    found = dict.fromkeys(n for n in guesses if 1 <= n <= num_pool)
+    return [n for n in found if n != num_devices]
+
+
+class Standby:
+    """Makes placements ready in one background thread.
+
+    Args:
+        placements: What makes them.
+        max_programs: How many it makes ready at most, over the whole run.
+        max_bytes: How much code they may add; none is begun beyond.
+
+    Example:
+        >>> class Counted:
+        ...     def preparing(self, num_devices):
+        ...         return lambda: print("ready:", num_devices) or 1000
+        >>> standby = Standby(Counted(), max_programs=2)
+        >>> standby.expect([3, 5, 7])
+        >>> standby.wait(timeout_s=5)
+        ready: 3
+        ready: 5
+        True
+        >>> standby.close()
+    """
+
+    def __init__(
+        self,
+        placements: Derivable,
+        *,
+        max_programs: int = 8,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self._placements = placements
+        self._programs_left, self._bytes_left = max_programs, max_bytes
+        self._changed = threading.Condition()
+        self._queue: list[tuple[int, Callable[[], int]]] = []
+        self._ready: set[int] = set()
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def expect(self, counts: Sequence[int]) -> None:
+        """Replaces what is to be made ready; what is under way is finished."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._queue = [
+                (n, self._placements.preparing(n))
+                for n in counts
+                if n not in self._ready
+            ]
+            if self._queue and self._thread is None:
+                # Not a daemon: an interpreter that ends while XLA compiles would crash.
+                self._thread = threading.Thread(
+                    target=self._work, name="shardkit-standby"
+                )
+                self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits until there is nothing left to do; whether that was so in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._thread is None, timeout_s)
+
+    def close(self) -> None:
+        """Begins nothing any more; a second call does nothing.
+
+        What is being compiled cannot be stopped, and ends by itself.
+        """
+        with self._changed:
+            self._is_closed = True
+            self._queue = []
+
+    def _work(self) -> None:
+        # Of this thread alone, on Linux; elsewhere there is no such thing.
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while True:
+            with self._changed:
+                if not self._queue or self._programs_left < 1 or self._bytes_left < 1:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                count, prepare = self._queue.pop(0)
+                self._ready.add(count)
+            num_bytes = 0
+            # What fails here fails again, and is told, when it is asked for.
+            with contextlib.suppress(Exception):
+                num_bytes = prepare()
+            with self._changed:
+                self._programs_left -= 1
+                self._bytes_left -= num_bytes

@@ -1,0 +1,143 @@
+"""Programs that are ready before the change that needs them."""
+
+import threading
+
+import pytest
+from problems import consume, fields_of, mean_loss
+
+import shardkit as sk
+from shardkit.standby import Standby, likely_counts
+from shardkit.testing import run_digest
+
+TIMEOUT_S = 60
+
+
+class Slow:
+    """Prepares when it is let, and notes what and where."""
+
+    def __init__(self, *bad):
+        self.seen, self.threads, self.bad = [], set(), bad
+        self.may_go = threading.Semaphore(0)
+        self.begun = threading.Semaphore(0)
+
+    def preparing(self, num_devices):
+        return lambda: self.prepare(num_devices)
+
+    def prepare(self, num_devices):
+        self.seen.append(num_devices)
+        self.threads.add(threading.current_thread().name)
+        self.begun.release()
+        assert self.may_go.acquire(timeout=TIMEOUT_S)
+        if num_devices in self.bad:
+            raise RuntimeError("no such placement")
+        return 100
+
+
+def test_the_likeliest_come_first_and_none_twice():
+    assert likely_counts(8, 8) == [7, 6, 4]
+    assert likely_counts(6, 8, scripted=[6, 3, 8, 3]) == [3, 8, 5, 4, 7]
+    assert likely_counts(1, 8) == [8, 2]
+    assert likely_counts(1, 1) == []
+    assert likely_counts(2, 2, scripted=[9, 0]) == [1]
+
+
+def test_what_is_expected_is_prepared_once_and_elsewhere():
+    placements = Slow()
+    standby = Standby(placements)
+    standby.expect([5, 3])
+    assert placements.begun.acquire(timeout=TIMEOUT_S)
+    standby.expect([5, 7])
+    for _ in range(3):
+        placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5, 7]
+    assert placements.threads == {"shardkit-standby"}
+    standby.expect([7, 3])
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5, 7, 3]
+    standby.close()
+
+
+def test_what_fails_does_not_stop_the_rest():
+    placements = Slow(5)
+    standby = Standby(placements)
+    standby.expect([5, 3])
+    for _ in range(2):
+        placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5, 3]
+
+
+@pytest.mark.parametrize("limits", [{"max_programs": 2}, {"max_bytes": 150}])
+def test_its_memory_is_bounded(limits):
+    placements = Slow()
+    standby = Standby(placements, **limits)
+    standby.expect([5, 3, 4])
+    for _ in range(3):
+        placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5, 3]
+
+
+def test_after_closing_nothing_is_begun():
+    placements = Slow()
+    standby = Standby(placements)
+    standby.expect([5, 3])
+    assert placements.begun.acquire(timeout=TIMEOUT_S)
+    standby.close()
+    standby.expect([2])
+    placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5]
+
+
+@pytest.mark.parametrize("certify", ["always", "off"])
+def test_a_change_to_a_waiting_program_compiles_nothing(make, certify):
+    trainer, events = make(standby=8, certify=certify)
+    script = {6: 5, 10: 8, 11: 3}
+    seen, threads = [], set()
+
+    def note(event):
+        # Listeners are called where it happens.
+        if event.name == "compile":
+            threads.add(threading.current_thread().name)
+
+    for metrics in trainer.run(steps=14, membership=sk.scripted(script)):
+        seen.append(metrics.step)
+        if metrics.step == 4:
+            assert trainer._controller._standby.wait(TIMEOUT_S)
+            # 8; scripted 5 and 3; 7, 6 and 4
+            assert trainer.compiles["step"] == 6
+            trainer.events.subscribe(note)
+    assert seen == list(range(14))
+    changes = fields_of(events, "reconfigure")
+    assert [change["was_ready"] for change in changes] == [True, True, True]
+    assert threads <= {"shardkit-standby"}
+    twin, _ = make()
+    assert trainer.state_digest() == run_digest(twin, 14)["state"]
+
+
+def test_without_it_nothing_is_compiled_ahead(make):
+    trainer, events = make(certify="off")
+    consume(trainer, 8, {4: 3})
+    assert trainer.compiles["step"] == 2
+    [change] = fields_of(events, "reconfigure")
+    assert change["was_ready"] is False
+
+
+def test_a_change_to_a_program_under_way_waits_for_that_one(make):
+    entered, may_go = threading.Event(), threading.Event()
+
+    def slow(*args):
+        if threading.current_thread().name == "shardkit-standby":
+            entered.set()
+            assert may_go.wait(TIMEOUT_S)
+        return mean_loss(*args)
+
+    trainer, _ = make(loss=slow, standby=1, certify="off")
+    for metrics in trainer.run(steps=8, membership=sk.scripted({5: 3})):
+        if metrics.step == 2:
+            assert entered.wait(TIMEOUT_S)
+        if metrics.step == 3:
+            threading.Timer(0.3, may_go.set).start()
+    assert trainer.compiles["step"] == 2
