@@ -69,7 +69,7 @@ class Prefetcher(Generic[T]):
         Args:
             step: Which.
             timeout_s: How long to wait.
-            check: Called now and then while waiting; raises to give up.
+            check: Called first, and now and then while waiting; raises to give up.
 
         Raises:
             DataError: If nothing came within `timeout_s`, or the prefetcher is closed.
@@ -78,6 +78,7 @@ class Prefetcher(Generic[T]):
         deadline_s = time.monotonic() + timeout_s
         self._seek(step)
         while True:
+            check()
             left_s = deadline_s - time.monotonic()
             with self._changed:
                 self._changed.wait_for(
@@ -99,7 +100,6 @@ class Prefetcher(Generic[T]):
                     f"{timeout_s:g} s, found nothing yet. See what its function waits "
                     "for (a slow or lost file system?), or raise timeout_s."
                 )
-            check()
         if error is not None:
             # A second attempt is then a seek, and calls fn anew.
             raise error

@@ -313,19 +313,23 @@ def test_after_a_loss_nothing_is_saved_from_lost_devices(make, tmp_path):
     assert trainer.saved_steps == [1]
 
 
-def test_sigterm_is_heard_while_evaluating(make, tmp_path):
-    def validation(index):
+def test_sigterm_is_heard_while_evaluating(make, tmp_path, monkeypatch):
+    evaluate, evaluated = placement.Placement.evaluate, []
+
+    def signalled(self, params, batch, step, index):
+        evaluated.append(index)
         if index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert index < 3, "the evaluation went on"
-        return linear_data(100 + index)
+        return evaluate(self, params, batch, step, index)
 
+    monkeypatch.setattr(placement.Placement, "evaluate", signalled)
     trainer, events = make(
         checkpoint=sk.CheckpointConfig(directory=tmp_path),
-        eval=sk.EvalConfig(data=validation, every=2, num_batches=9),
+        eval=sk.EvalConfig(data=linear_data, every=2, num_batches=9),
     )
     with pytest.raises(sk.Preempted, match="step 2 is saved"):
         list(trainer.run(steps=9, membership=sk.signals()))
+    assert evaluated == [0, 1]
     assert fields_of(events, "eval") == []
 
 

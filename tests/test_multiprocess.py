@@ -80,13 +80,15 @@ def test_two_processes_train_together(tmp_path, compile_cache):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    first, _ = finish(*[start("member", port, i, 2, tmp_path) for i in range(2)])
+    first, _ = finish(*[start("member", port, i, 2, tmp_path / "together") for i in range(2)])
     found = json.loads(first)
 
-    trainer, evaluated = evaluated_digits(tmp_path)
+    trainer, evaluated = evaluated_digits(tmp_path / "alone")
     expected = run_digest(trainer, 3)
     expected |= {"after": run_digest(trainer, 6), "evaluated": list(evaluated)}
+    trainer.close()
     # What two processes have saved, one can read.
+    trainer, _ = evaluated_digits(tmp_path / "together")
     assert trainer.restore() == 3
     expected |= {"restored": trainer.state_digest()}
     # Of what is lost nothing is used: the run goes back to what is saved.
