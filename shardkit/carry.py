@@ -8,11 +8,11 @@ On the CPU backend all devices share one memory, and a shard is a view of it, so
 are put together by numpy: no program need be compiled.
 """
 
-import collections
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,9 +23,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from shardkit.errors import ConfigError
-from shardkit.layout import Layout
+from shardkit.layout import Box
 from shardkit.senders import Cost
-from shardkit.transfer import Transfer, TransferPlan
+from shardkit.transfer import TransferPlan
 
 __all__ = ["carry"]
 
@@ -63,38 +63,37 @@ def carry(
         for sharding in {*shardings.values()}
         for device in sharding.device_set
     }
-    assemble = _OnHost() if by_host(devices.values()) else _OnDevices()
     least = max((x.piece_bytes for x in plan.target.values()), default=0)
     if scratch_bytes is not None and scratch_bytes < least:
         raise ConfigError(
             f"scratch_bytes: the largest piece needs {least} bytes on its way, found "
             f"{scratch_bytes}. Give it at least {least}."
         )
-    flight, out = _Flight(scratch_bytes), {}
-    with assemble:
-        for path, sharding in shardings.items():
-            layout, source = plan.target[path], plan.sources[0][path]
-            shards = {s.device.id: s.data for s in arrays[path].addressable_shards}
-            ids = layout.places.ids.ravel().tolist()
-            wanted = [plan.pieces(path, id) for id in ids]
-            flight.make_room(max(map(_scratch_bytes, wanted), default=0))
-            parts = [
-                _Part(t, shards[t.source], source.slices(t.source, t.box), i)
-                for i, transfers in enumerate(wanted)
-                for t in transfers
-            ]
-            leaf = _Leaf(arrays[path].dtype, layout, [devices[id] for id in ids])
-            pieces = assemble(parts, leaf, keep_source)
-            shape = map(math.prod, zip(layout.piece_shape, layout.counts, strict=True))
-            out[path] = jax.make_array_from_single_device_arrays(
-                tuple(shape), sharding, pieces
+    make = _on_host if by_host(devices.values()) else _on_devices
+    kinds: dict[Any, _Kind] = {}
+    out: dict[str, Array] = {}
+    for wave in _waves(plan, shardings, kinds, scratch_bytes):
+        leaves = [
+            _Leaf(
+                kind,
+                arrays[path].dtype,
+                {s.device.id: s.data for s in arrays[path].addressable_shards},
+                [devices[id] for id in kind.targets],
             )
-            flight.add(out[path])
+            for path, kind in wave
+        ]
+        made = make(leaves, keep_source)
+        for (path, kind), leaf, pieces in zip(wave, leaves, made, strict=True):
+            out[path] = jax.make_array_from_single_device_arrays(
+                kind.shape, shardings[path], pieces
+            )
             if not keep_source:
                 kept = {id(piece) for piece in pieces}
-                for shard in shards.values():
+                for shard in leaf.shards.values():
                     if id(shard) not in kept:
                         shard.delete()
+        if scratch_bytes is not None:
+            jax.block_until_ready([out[path] for path, _ in wave])
     return out
 
 
@@ -104,86 +103,138 @@ def by_host(devices: Iterable[Any]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """What is to be made of one leaf: an array of `layout.piece_shape` per device."""
+class _Part:
+    """A box: which shard has it, where in there, and where it goes."""
 
-    dtype: Any
-    layout: Layout
-    devices: list[Any]
-
-    def offsets(self, transfer: Transfer) -> tuple[int, ...]:
-        """Where a box begins inside the target's array."""
-        slices = self.layout.slices(transfer.target, transfer.box)
-        return tuple(part.start for part in slices)
+    source: int
+    target: int
+    is_whole: bool
+    stays: bool
+    box: Box
+    offset: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A box, the shard that has it, where it is in there, and for which target."""
+class _Kind:
+    """What leaves of one shape have in common that go the same way.
 
-    transfer: Transfer
-    shard: Array
-    slices: tuple[slice, ...]
-    target: int
+    Attributes:
+        shape: The physical shape at the target.
+        piece_shape: That of every piece.
+        targets: The ids of the target's devices.
+        parts: For each of them what it is made of.
+        scratch_bytes: What is on the fullest of them before it is put together.
+    """
+
+    shape: tuple[int, ...]
+    piece_shape: tuple[int, ...]
+    targets: list[int]
+    parts: list[list[_Part]]
+    scratch_bytes: int
 
 
-def _scratch_bytes(transfers: Sequence[Transfer]) -> int:
-    """Bytes that are on a target before they are put together."""
-    return sum(t.num_bytes for t in transfers if not t.is_whole)
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    kind: _Kind
+    dtype: Any
+    shards: dict[int, Array]
+    devices: list[Any]
 
 
-class _OnDevices:
-    """Cuts, copies and joins on the devices."""
+def _waves(
+    plan: TransferPlan,
+    paths: Iterable[str],
+    kinds: dict[Any, _Kind],
+    limit: int | None,
+) -> Iterator[list[tuple[str, _Kind]]]:
+    """Groups leaves that may be on their way together."""
+    wave: list[tuple[str, _Kind]] = []
+    room = limit
+    for path in paths:
+        source, target = plan.sources[0][path], plan.target[path]
+        key = [(x.shape, x.cuts, x.itemsize, id(x.places)) for x in (source, target)]
+        if (key := tuple(key)) not in kinds:
+            kinds[key] = _kind(plan, path)
+        kind = kinds[key]
+        if room is not None and limit is not None:
+            if wave and kind.scratch_bytes > room:
+                yield wave
+                wave, room = [], limit
+            room -= kind.scratch_bytes
+        wave.append((path, kind))
+    if wave:
+        yield wave
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(
-        self, parts: Sequence[_Part], leaf: _Leaf, keep_source: bool
-    ) -> list[Array]:
-        """Makes the array of every device."""
-        cut = [
-            part.shard if part.transfer.is_whole else _cut(part.shard, part.slices)
-            for part in parts
-        ]
-        moving = [i for i, p in enumerate(parts) if p.transfer.cost > Cost.SAME_DEVICE]
-        sent = jax.device_put(
-            [cut[i] for i in moving],
-            [leaf.devices[parts[i].target] for i in moving],
-        )
-        for i, array in zip(moving, sent, strict=True):
-            cut[i] = array
-        found: list[list[int]] = [[] for _ in leaf.devices]
-        for i, part in enumerate(parts):
-            found[part.target].append(i)
-        out = []
-        for device, mine in zip(leaf.devices, found, strict=True):
-            if len(mine) == 1 and parts[mine[0]].transfer.is_whole:
-                stays = parts[mine[0]].transfer.cost <= Cost.SAME_DEVICE
-                array = cut[mine[0]]
-                out.append(_copy(array) if stays and keep_source else array)
-            elif mine:
-                offsets = tuple(leaf.offsets(parts[i].transfer) for i in mine)
-                arrays = [cut[i] for i in mine]
-                out.append(_join(arrays, offsets, leaf.layout.piece_shape))
-            else:
-                out.append(
-                    jnp.zeros(leaf.layout.piece_shape, leaf.dtype, device=device)
+def _kind(plan: TransferPlan, path: str) -> _Kind:
+    source, target = plan.sources[0][path], plan.target[path]
+    targets, parts, most = target.places.ids.ravel().tolist(), [], 0
+    for at, id in enumerate(targets):
+        found = plan.pieces(path, id)
+        most = max(most, sum(t.num_bytes for t in found if not t.is_whole))
+        parts.append(
+            [
+                _Part(
+                    t.source,
+                    at,
+                    t.is_whole,
+                    t.cost <= Cost.SAME_DEVICE,
+                    tuple((s.start, s.stop) for s in source.slices(t.source, t.box)),
+                    tuple(s.start for s in target.slices(id, t.box)),
                 )
-        return out
+                for t in found
+            ]
+        )
+    pieces = target.piece_shape
+    shape = tuple(map(math.prod, zip(pieces, target.counts, strict=True)))
+    return _Kind(shape, pieces, targets, parts, most)
+
+
+def _on_devices(leaves: Sequence[_Leaf], keep_source: bool) -> list[list[Array]]:
+    """Cuts, copies and joins on the devices; all copies are asked for at once."""
+    cut: list[Array] = []
+    moving: list[int] = []
+    devices: list[Any] = []
+    for leaf in leaves:
+        for part in (part for parts in leaf.kind.parts for part in parts):
+            shard = leaf.shards[part.source]
+            if not part.stays:
+                moving.append(len(cut))
+                devices.append(leaf.devices[part.target])
+            cut.append(shard if part.is_whole else _cut(shard, part.box))
+    sent = jax.device_put([cut[i] for i in moving], devices)
+    for i, array in zip(moving, sent, strict=True):
+        cut[i] = array
+    arrays = iter(cut)
+    return [
+        [
+            _put_together(leaf, parts, device, arrays, keep_source)
+            for device, parts in zip(leaf.devices, leaf.kind.parts, strict=True)
+        ]
+        for leaf in leaves
+    ]
+
+
+def _put_together(
+    leaf: _Leaf,
+    parts: Sequence[_Part],
+    device: Any,
+    arrays: Iterator[Array],
+    keep_source: bool,
+) -> Array:
+    """Makes one piece from the next arrays, one for each part."""
+    if not parts:
+        return jnp.zeros(leaf.kind.piece_shape, leaf.dtype, device=device)
+    mine = [next(arrays) for _ in parts]
+    if parts[0].is_whole:
+        return _copy(mine[0]) if parts[0].stays and keep_source else mine[0]
+    return _join(mine, tuple(part.offset for part in parts), leaf.kind.piece_shape)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _cut_jit(x: Array, box: tuple[tuple[int, int], ...]) -> Array:
+def _cut(x: Array, box: Box) -> Array:
     starts, stops = zip(*box, strict=True)
     return lax.slice(x, starts, stops)
-
-
-def _cut(x: Array, slices: tuple[slice, ...]) -> Array:
-    return _cut_jit(x, tuple((part.start, part.stop) for part in slices))
 
 
 @jax.jit
@@ -210,82 +261,43 @@ def _joined_dim(
 ) -> int | None:
     """The dim along which the parts, in their order, lie one behind the other."""
     for dim in range(len(shape)):
-        at = 0
-        for part, start in zip(parts, offsets, strict=True):
-            if start != (*[0] * dim, at, *[0] * (len(shape) - dim - 1)):
-                break
-            if part.shape[:dim] + part.shape[dim + 1 :] != (
-                parts[0].shape[:dim] + parts[0].shape[dim + 1 :]
-            ):
-                break
-            at += part.shape[dim]
-        else:
+        rest = [part.shape[:dim] + part.shape[dim + 1 :] for part in parts]
+        ends = itertools.accumulate(part.shape[dim] for part in parts)
+        starts = [
+            (*[0] * dim, at, *[0] * (len(shape) - dim - 1))
+            for at in [0, *ends][: len(parts)]
+        ]
+        if len(set(rest)) == 1 and starts == list(offsets):
             return dim
     return None
 
 
-class _OnHost:
+def _on_host(leaves: Sequence[_Leaf], keep_source: bool) -> list[list[Array]]:
     """Puts pieces together by numpy, where shards are views of host memory."""
 
-    def __enter__(self) -> None:
-        self._pool = ThreadPoolExecutor(_NUM_THREADS)
+    def make(leaf: _Leaf) -> list[Array]:
+        return [
+            _fill(leaf, parts, device, keep_source)
+            for device, parts in zip(leaf.devices, leaf.kind.parts, strict=True)
+        ]
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def __call__(
-        self, parts: Sequence[_Part], leaf: _Leaf, keep_source: bool
-    ) -> list[Array]:
-        """Makes the array of every device."""
-        found: list[list[_Part]] = [[] for _ in leaf.devices]
-        for part in parts:
-            found[part.target].append(part)
-
-        def make(at: int) -> Array:
-            return self._make(found[at], leaf, leaf.devices[at], keep_source)
-
-        return list(self._pool.map(make, range(len(leaf.devices))))
-
-    def _make(
-        self, parts: Sequence[_Part], leaf: _Leaf, device: Any, keep_source: bool
-    ) -> Array:
-        if len(parts) == 1 and parts[0].transfer.is_whole:
-            [part] = parts
-            if part.transfer.cost <= Cost.SAME_DEVICE and not keep_source:
-                return part.shard
-            return jax.device_put(part.shard, device, may_alias=False)
-        whole = np.zeros(leaf.layout.piece_shape, leaf.dtype)
-        for part in parts:
-            begin = leaf.offsets(part.transfer)
-            at = tuple(
-                slice(b, b + s.stop - s.start)
-                for b, s in zip(begin, part.slices, strict=True)
-            )
-            whole[at] = np.asarray(part.shard)[part.slices]
-        # An array that borrows numpy's memory could not be donated later.
-        return jax.device_put(whole, device, may_alias=False)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(make, leaves))
 
 
-class _Flight:
-    """What is on its way, so that it can be kept below a limit."""
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit, self._bytes, self._next = limit, 0, 0
-        self._arrays: collections.deque[tuple[Array, int]] = collections.deque()
-
-    def make_room(self, num_bytes: int) -> None:
-        """Waits until so much more may be on its way."""
-        self._next = num_bytes
-        while (
-            self._limit is not None
-            and self._arrays
-            and self._bytes + num_bytes > self._limit
-        ):
-            array, done = self._arrays.popleft()
-            jax.block_until_ready(array)
-            self._bytes -= done
-
-    def add(self, array: Array) -> None:
-        """Notes what was let in last."""
-        self._bytes += self._next
-        self._arrays.append((array, self._next))
+def _fill(leaf: _Leaf, parts: Sequence[_Part], device: Any, keep_source: bool) -> Array:
+    if parts and parts[0].is_whole:
+        shard = leaf.shards[parts[0].source]
+        if parts[0].stays and not keep_source:
+            return shard
+        return jax.device_put(shard, device, may_alias=False)
+    whole = np.zeros(leaf.kind.piece_shape, leaf.dtype)
+    for part in parts:
+        there = tuple(
+            slice(at, at + stop - start)
+            for at, (start, stop) in zip(part.offset, part.box, strict=True)
+        )
+        here = tuple(slice(start, stop) for start, stop in part.box)
+        whole[there] = np.asarray(leaf.shards[part.source])[here]
+    # An array that borrows numpy's memory could not be donated later.
+    return jax.device_put(whole, device, may_alias=False)

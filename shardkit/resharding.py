@@ -7,16 +7,18 @@ the copies are `carry`'s.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
-from shardkit.carry import carry
+from shardkit import carry
 from shardkit.errors import LostStateError
 from shardkit.layout import SHARD_AXIS, Layout, LeafLayout
+from shardkit.mesh import device_ids
 from shardkit.places import Places
 from shardkit.transfer import plan_transfer
 from shardkit.tree import named_leaves
@@ -83,20 +85,68 @@ def reshard(
     )
     arrays = dict(zip(paths, map(_raw, map(jax.numpy.asarray, leaves)), strict=True))
     shardings = dict(zip(paths, wanted, strict=True))
-    source, target = (
-        {
-            path: Layout.of_sharding(of[path], array.shape, array.dtype)
-            for path, array in arrays.items()
-        }
-        for of in ({path: x.sharding for path, x in arrays.items()}, shardings)
-    )
-    plan = plan_transfer([source], target)
-    out = carry(
-        plan, arrays, shardings, keep_source=not donate, scratch_bytes=scratch_bytes
+    places: dict[Any, Places] = {}
+
+    def layout(array: Array, sharding: Any) -> Layout:
+        mesh = getattr(sharding, "mesh", None)
+        known = places.get(mesh) if mesh is not None else None
+        found = Layout.of_sharding(sharding, array.shape, array.dtype, known)
+        # Leaves on one mesh share its places, by which they are known as alike.
+        places.setdefault(mesh, found.places)
+        return found
+
+    out = {}
+    if scratch_bytes is None:
+        out = _by_collectives(arrays, shardings, donate)
+    rest = {path: x for path, x in arrays.items() if path not in out}
+    source = {path: layout(x, x.sharding) for path, x in rest.items()}
+    target = {path: layout(x, shardings[path]) for path, x in rest.items()}
+    out |= carry.carry(
+        plan_transfer([source], target),
+        rest,
+        {path: shardings[path] for path in rest},
+        keep_source=not donate,
+        scratch_bytes=scratch_bytes,
     )
     return treedef.unflatten(
         [_like(out[path], leaf) for path, leaf in zip(paths, leaves, strict=True)]
     )
+
+
+def _by_collectives(
+    arrays: Mapping[str, Array], shardings: Mapping[str, Any], donate: bool
+) -> dict[str, Array]:
+    """Moves what stays on its devices in one program, where devices are linked.
+
+    There every device sends to every other at once, and one program asks for it all.
+    """
+    chosen = [
+        path
+        for path, array in arrays.items()
+        if _share_devices(array.sharding, shardings[path])
+    ]
+    if not chosen:
+        return {}
+    move = jax.jit(
+        _identity,
+        out_shardings=[shardings[path] for path in chosen],
+        donate_argnums=0 if donate else (),
+    )
+    moved = move([arrays[path] for path in chosen])
+    return dict(zip(chosen, moved, strict=True))
+
+
+def _identity(tree: Any) -> Any:
+    return tree
+
+
+def _share_devices(old: Any, new: Any) -> bool:
+    """Whether two meshes have the same devices in the same order, none on the CPU."""
+    if not (isinstance(old, NamedSharding) and isinstance(new, NamedSharding)):
+        return False
+    meshes: list[Any] = [old.mesh, new.mesh]
+    is_same = device_ids(meshes[0]) == device_ids(meshes[1])
+    return is_same and not carry.by_host(new.device_set)
 
 
 def move_state(
@@ -133,7 +183,7 @@ def move_state(
     plan = plan_transfer([source], target, lost=lost)
     arrays = {leaf.path: x for leaf, x in zip(layouts, leaves, strict=True)}
     shardings = {leaf.path: leaf.sharding(new) for leaf in layouts}
-    out = carry(plan, arrays, shardings, keep_source=keep_source)
+    out = carry.carry(plan, arrays, shardings, keep_source=keep_source)
     moved = treedef.unflatten([out[leaf.path] for leaf in layouts])
     return Moved(moved, plan.totals.bytes_moved)
 
