@@ -80,7 +80,9 @@ def test_two_processes_train_together(tmp_path, compile_cache):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    first, _ = finish(*[start("member", port, i, 2, tmp_path / "together") for i in range(2)])
+    first, _ = finish(
+        *[start("member", port, i, 2, tmp_path / "together") for i in range(2)]
+    )
     found = json.loads(first)
 
     trainer, evaluated = evaluated_digits(tmp_path / "alone")
