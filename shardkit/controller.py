@@ -73,7 +73,7 @@ class Controller:
         self._num_here = 0
         self._record: dict[str, Any] | None = None
         self._own_steps: set[int] = set()
-        self._is_closed = False
+        self._is_closed = self._is_lost = False
         self._certified: set[tuple[int, ...]] = set()
 
     @property
@@ -89,6 +89,11 @@ class Controller:
     def start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
         """Puts the state on devices if it is not on any: fresh, or restored."""
         if self.live is None:
+            if self._is_lost:
+                raise LostStateError(
+                    f"the state of step {self.step} was lost in a move that failed; "
+                    "go on from a checkpoint, by Trainer.restore()"
+                )
             if self._record is None:
                 self._check_unused()
             placement = self.placements.on(num_devices or self.num_devices)
@@ -143,13 +148,25 @@ class Controller:
                 return self._certify(before, batch, transition)
         else:
             self._compile(new, transition)
-            self.live = new, transition.move(before)
+            self._move(before, transition)
         self.events.emit("reconfigure", **transition.report(self.step, None))
         return None
 
     def _compile(self, placement: Placement, transition: Transition) -> None:
         with transition.phase("compile"):
             placement.compile()
+
+    def _move(self, before: TrainState, transition: Transition, **options: Any) -> None:
+        """Moves the state, of which nothing stays behind."""
+        try:
+            self.live = transition.new, transition.move(before, **options)
+        except LostStateError:
+            # Told before anything was moved.
+            raise
+        except BaseException:
+            # Shards are freed as they are sent, so that there is no way back.
+            self.live, self._is_lost = None, True
+            raise
 
     def _wants_certificate(self, new: Placement) -> bool:
         if self._certifies == "first":
@@ -186,7 +203,7 @@ class Controller:
         old, new = transition.old, transition.new
         lost = frozenset(device_ids(old.mesh)) - frozenset(device_ids(new.mesh))
         try:
-            self.live = new, transition.move(before, lost=lost)
+            self._move(before, transition, lost=lost)
             return
         except LostStateError:
             if not self.saved_steps:
@@ -235,7 +252,7 @@ class Controller:
             self.events.emit("notice", message=message)
         checkpoints.go_back(record["step"])
         self._own_steps = {record["step"]}
-        self._record, self.live = record, None
+        self._record, self.live, self._is_lost = record, None, False
         self.step = record["step"]
         return self.step
 

@@ -301,6 +301,29 @@ def test_an_error_within_a_certificate_leaves_a_state_that_can_be_saved(
     assert trainer.state_digest() == run_digest(twin, 3)["state"]
 
 
+def test_after_a_move_that_failed_only_what_is_saved_is_left(
+    make, tmp_path, monkeypatch
+):
+    checkpoint = sk.CheckpointConfig(directory=tmp_path, every=2)
+    trainer, _ = make(checkpoint=checkpoint, certify="off")
+    make_array = jax.make_array_from_single_device_arrays
+
+    def exhausted(shape, sharding, arrays):
+        if shape == (3,):
+            raise RuntimeError("out of memory")
+        return make_array(shape, sharding, arrays)
+
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", exhausted)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        consume(trainer, 5, {3: 4})
+    monkeypatch.undo()
+    with pytest.raises(sk.LostStateError, match="step 3 was lost in a move"):
+        trainer.save()
+    assert trainer.restore() == 2
+    twin, _ = make()
+    assert run_digest(trainer, 5)["state"] == run_digest(twin, 5)["state"]
+
+
 def test_after_a_loss_nothing_is_saved_from_lost_devices(make, tmp_path):
     slow = SlowTrace()
     checkpoint = sk.CheckpointConfig(directory=tmp_path)
