@@ -70,9 +70,8 @@ def carry(
             f"{scratch_bytes}. Give it at least {least}."
         )
     make = _on_host if by_host(devices.values()) else _on_devices
-    kinds: dict[Any, _Kind] = {}
     out: dict[str, Array] = {}
-    for wave in _waves(plan, shardings, kinds, scratch_bytes):
+    for wave in _waves(plan, shardings, scratch_bytes):
         leaves = [
             _Leaf(
                 kind,
@@ -142,18 +141,18 @@ class _Leaf:
 
 
 def _waves(
-    plan: TransferPlan,
-    paths: Iterable[str],
-    kinds: dict[Any, _Kind],
-    limit: int | None,
+    plan: TransferPlan, paths: Iterable[str], limit: int | None
 ) -> Iterator[list[tuple[str, _Kind]]]:
     """Groups leaves that may be on their way together."""
+    kinds: dict[Any, _Kind] = {}
     wave: list[tuple[str, _Kind]] = []
     room = limit
     for path in paths:
         source, target = plan.sources[0][path], plan.target[path]
-        key = [(x.shape, x.cuts, x.itemsize, id(x.places)) for x in (source, target)]
-        if (key := tuple(key)) not in kinds:
+        key = tuple(
+            (x.shape, x.cuts, x.itemsize, id(x.places)) for x in (source, target)
+        )
+        if key not in kinds:
             kinds[key] = _kind(plan, path)
         kind = kinds[key]
         if room is not None and limit is not None:

@@ -137,7 +137,6 @@ class Controller:
             self._move_what_is_left(before, transition)
             self._compile(new, transition)
         elif self._wants_certificate(new):
-            self._compile(new, transition)
             with transition.phase("compile"):
                 # Between the two steps nothing can be given up: both states are gone.
                 for placement in (old, new):

@@ -265,7 +265,7 @@ class Recipe:
             return as_loss_output(loss(*args))
 
         try:
-            out = jax.eval_shape(output, *args)
+            traced, out = jax.make_jaxpr(output, return_shape=True)(*args)
         except NameError as error:
             if "axis name" not in str(error):
                 raise
@@ -286,10 +286,11 @@ class Recipe:
                 f"{name}: the metrics {sorted(taken)} exist already; rename yours"
             )
         if self.exact:
+            check_operations(traced, name)
+        if self.exact and name == "loss":
             # The gradient has rules of its own, which may do other things.
             gradient = jax.grad(lambda *args: output(*args).loss_sum)
-            for traced in (output, gradient) if name == "loss" else (output,):
-                check_operations(jax.make_jaxpr(traced)(*args), name)
+            check_operations(jax.make_jaxpr(gradient)(*args), name)
         return jax.tree.structure(out)
 
 

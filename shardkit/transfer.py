@@ -139,10 +139,7 @@ class TransferPlan:
         self, target: int, paths: Iterable[str] | None = None
     ) -> Iterator[Transfer]:
         """Lists what moves to one target, leaf by leaf."""
-        for path in self._leaves if paths is None else paths:
-            for transfer in self._transfers(path, target, None):
-                if transfer.cost > Cost.SAME_DEVICE:
-                    yield transfer
+        return self._moving(target, None, paths)
 
     def from_source(
         self,
@@ -151,8 +148,14 @@ class TransferPlan:
         paths: Iterable[str] | None = None,
     ) -> Iterator[Transfer]:
         """Lists what one source sends to others, leaf by leaf."""
+        return self._moving(source, medium, paths)
+
+    def _moving(
+        self, place: int, medium: Medium | None, paths: Iterable[str] | None
+    ) -> Iterator[Transfer]:
+        """Lists what moves to a target, or from a source on a medium."""
         for path in self._leaves if paths is None else paths:
-            for transfer in self._transfers(path, source, medium):
+            for transfer in self._transfers(path, place, medium):
                 if transfer.cost > Cost.SAME_DEVICE:
                     yield transfer
 

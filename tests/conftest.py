@@ -1,5 +1,6 @@
 """Eight emulated devices and a fixed thread pool for every test process."""
 
+import io
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -60,3 +61,19 @@ def make(compile_cache):
     yield make
     for trainer in made:
         trainer.close()
+
+
+@pytest.fixture
+def out():
+    """What a terminal has printed."""
+    return io.StringIO()
+
+
+@pytest.fixture
+def terminal(out):
+    """A terminal that is not one: plain lines."""
+    from rich.console import Console
+
+    from shardkit.report import Terminal
+
+    return Terminal(Console(file=out, force_terminal=False))

@@ -1,6 +1,5 @@
 import dataclasses
 import importlib.util
-import io
 import json
 import platform
 import re
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from reported import CHANGE, CONFIG, Metrics, open_run, train
-from rich.console import Console
 
 import shardkit
 from shardkit.errors import ConfigError
@@ -19,22 +17,11 @@ from shardkit.events import EventLog
 from shardkit.report import (
     MetricsFile,
     Report,
-    Terminal,
     compare_runs,
     read_records,
 )
 from shardkit.report.jsonl import write_atomically
 from shardkit.report.summary import versions
-
-
-@pytest.fixture
-def out():
-    return io.StringIO()
-
-
-@pytest.fixture
-def terminal(out):
-    return Terminal(Console(file=out, force_terminal=False))
 
 
 def steps_in(path):

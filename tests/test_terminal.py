@@ -10,16 +10,6 @@ from shardkit.events import EventLog
 from shardkit.report import Report, Terminal, summarize
 
 
-@pytest.fixture
-def out():
-    return io.StringIO()
-
-
-@pytest.fixture
-def terminal(out):
-    return Terminal(Console(file=out, force_terminal=False))
-
-
 def test_plain_lines_tell_of_every_tenth_and_every_change(tmp_path, terminal, out):
     train(open_run(tmp_path / "run"), terminal, 20)
     lines = out.getvalue().splitlines()
