@@ -20,10 +20,10 @@ from shardkit.errors import LostStateError
 from shardkit.layout import SHARD_AXIS, Layout, LeafLayout
 from shardkit.mesh import device_ids
 from shardkit.places import Places
-from shardkit.transfer import plan_transfer
+from shardkit.transfer import TransferPlan, plan_transfer
 from shardkit.tree import named_leaves
 
-__all__ = ["Moved", "from_host", "move_state", "reshard", "to_host"]
+__all__ = ["Moved", "compile_move", "from_host", "move_state", "reshard", "to_host"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def reshard(
         ),
         is_leaf=lambda x: isinstance(x, Sharding),
     )
-    arrays = dict(zip(paths, map(_raw, map(jax.numpy.asarray, leaves)), strict=True))
+    arrays = dict(zip(paths, map(_raw, leaves), strict=True))
     shardings = dict(zip(paths, wanted, strict=True))
     places: dict[Any, Places] = {}
 
@@ -176,16 +176,45 @@ def move_state(
     layouts: list[LeafLayout] = jax.tree.leaves(layout)
     if not all(array.is_fully_addressable for array in leaves):
         return Moved(*_through_hosts(leaves, layouts, treedef, new, lost))
-    places = Places.of_mesh(old), Places.of_mesh(new)
-    source, target = (
-        {leaf.path: Layout.of_leaf(leaf, grid) for leaf in layouts} for grid in places
+    raw = [_raw_layout(leaf) for leaf in layouts]
+    plan = _plan(raw, old, new, lost)
+    out = carry.carry(
+        plan,
+        {leaf.path: _raw(x) for leaf, x in zip(raw, leaves, strict=True)},
+        {leaf.path: leaf.sharding(new) for leaf in raw},
+        keep_source=keep_source,
     )
-    plan = plan_transfer([source], target, lost=lost)
-    arrays = {leaf.path: x for leaf, x in zip(layouts, leaves, strict=True)}
-    shardings = {leaf.path: leaf.sharding(new) for leaf in layouts}
-    out = carry.carry(plan, arrays, shardings, keep_source=keep_source)
-    moved = treedef.unflatten([out[leaf.path] for leaf in layouts])
-    return Moved(moved, plan.totals.bytes_moved)
+    moved = [_like(out[leaf.path], x) for leaf, x in zip(raw, leaves, strict=True)]
+    return Moved(treedef.unflatten(moved), plan.totals.bytes_moved)
+
+
+def compile_move(layout: Any, old: Mesh, new: Mesh, *, keep_source: bool) -> None:
+    """Compiles the programs that `move_state` needs from one mesh to another.
+
+    Args:
+        layout: A tree of `LeafLayout`.
+        old: Where the state will be.
+        new: Where it will go.
+        keep_source: As in `move_state`.
+    """
+    raw = [_raw_layout(leaf) for leaf in jax.tree.leaves(layout)]
+    carry.compile_carry(
+        _plan(raw, old, new, frozenset()),
+        {leaf.path: leaf.dtype for leaf in raw},
+        {leaf.path: leaf.sharding(new) for leaf in raw},
+        old.devices.flat,
+        keep_source=keep_source,
+    )
+
+
+def _plan(
+    layouts: list[LeafLayout], old: Mesh, new: Mesh, lost: frozenset[int]
+) -> TransferPlan:
+    source, target = (
+        {leaf.path: Layout.of_leaf(leaf, grid) for leaf in layouts}
+        for grid in (Places.of_mesh(old), Places.of_mesh(new))
+    )
+    return plan_transfer([source], target, lost=lost)
 
 
 def _through_hosts(
@@ -234,8 +263,17 @@ def _is_key(x: Any) -> bool:
     return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _raw(x: Array) -> Array:
+def _raw(x: Any) -> Array:
+    if not isinstance(x, Array):
+        x = jax.numpy.asarray(x)
     return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _raw_layout(leaf: LeafLayout) -> LeafLayout:
+    if not _is_key(leaf.abstract):
+        return leaf
+    raw = jax.eval_shape(jax.random.key_data, leaf.abstract)
+    return dataclasses.replace(leaf, shape=raw.shape, dtype=raw.dtype)
 
 
 def _like(raw: Array, x: Any) -> Array:

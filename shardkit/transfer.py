@@ -135,6 +135,13 @@ class TransferPlan:
         """All that makes up one target's shard of a leaf, what it has included."""
         return list(self._transfers(path, target, None))
 
+    def kind(self, path: str) -> object:
+        """What leaves share whose pieces are the same but for their names."""
+        leaf, layouts = self._leaves[path], [self.target[path]]
+        layouts += [tree[path] for tree in self.sources if path in tree]
+        alike = tuple((x.shape, x.cuts, x.itemsize, id(x.places)) for x in layouts)
+        return leaf.route, alike, leaf.load.turn % leaf.route.period
+
     def for_target(
         self, target: int, paths: Iterable[str] | None = None
     ) -> Iterator[Transfer]:

@@ -25,6 +25,8 @@ TIERS = [
     "routes shares",
     "listing totals router device_order",
     "transfer",
+    "kinds",
+    "device_copies host_copies",
     "carry",
     "recipe resharding",
     "placement",
