@@ -21,8 +21,8 @@ from shardkit.layout import Box
 
 __all__ = ["copy_on_devices"]
 
-_MAX_LEAVES = 64
-_MAX_BYTES = 256 << 20
+_MAX_LEAVES = 32
+_MAX_BYTES = 1 << 30
 
 
 def copy_on_devices(

@@ -23,8 +23,8 @@ from shardkit.transfer import TransferPlan
 
 __all__ = ["Kind", "Part", "kinds_of", "waves"]
 
-_USUAL_SCRATCH_BYTES = 1 << 30
-_MAX_SMALL_BYTES = 1 << 20
+_USUAL_SCRATCH_BYTES = 2 << 30
+_MAX_SMALL_BYTES = 8 << 20
 ByDevice = Int[np.ndarray, " devices"]
 
 

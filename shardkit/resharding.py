@@ -7,7 +7,8 @@ the copies are `carry`'s.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from shardkit.layout import SHARD_AXIS, Layout, LeafLayout
 from shardkit.mesh import device_ids
 from shardkit.places import Places
 from shardkit.transfer import TransferPlan, plan_transfer
-from shardkit.tree import named_leaves
 
 __all__ = ["Moved", "compile_move", "from_host", "move_state", "reshard", "to_host"]
 
@@ -73,7 +73,6 @@ def reshard(
         True
     """
     leaves, treedef = jax.tree.flatten(tree)
-    paths = [path for path, _ in named_leaves(tree)]
     wanted = jax.tree.leaves(
         jax.tree.map(
             lambda sharding, part: jax.tree.map(lambda _: sharding, part),
@@ -83,34 +82,48 @@ def reshard(
         ),
         is_leaf=lambda x: isinstance(x, Sharding),
     )
-    arrays = dict(zip(paths, map(_raw, leaves), strict=True))
-    shardings = dict(zip(paths, wanted, strict=True))
-    places: dict[Any, Places] = {}
-
-    def layout(array: Array, sharding: Any) -> Layout:
-        mesh = getattr(sharding, "mesh", None)
-        known = places.get(mesh) if mesh is not None else None
-        found = Layout.of_sharding(sharding, array.shape, array.dtype, known)
-        # Leaves on one mesh share its places, by which they are known as alike.
-        places.setdefault(mesh, found.places)
-        return found
-
+    # No leaf can be lost here, so that nobody will hear these names.
+    names = [str(i) for i in range(len(leaves))]
+    arrays = dict(zip(names, map(_raw, leaves), strict=True))
+    shardings = dict(zip(names, wanted, strict=True))
     out = {}
     if scratch_bytes is None:
         out = _by_collectives(arrays, shardings, donate)
-    rest = {path: x for path, x in arrays.items() if path not in out}
-    source = {path: layout(x, x.sharding) for path, x in rest.items()}
-    target = {path: layout(x, shardings[path]) for path, x in rest.items()}
-    out |= carry.carry(
-        plan_transfer([source], target),
-        rest,
-        {path: shardings[path] for path in rest},
-        keep_source=not donate,
-        scratch_bytes=scratch_bytes,
-    )
+    rest = {name: x for name, x in arrays.items() if name not in out}
+    if rest:
+        layouts = _Layouts()
+        out |= carry.carry(
+            plan_transfer(
+                [{name: layouts.of(x, x.sharding) for name, x in rest.items()}],
+                {name: layouts.of(x, shardings[name]) for name, x in rest.items()},
+            ),
+            rest,
+            {name: shardings[name] for name in rest},
+            keep_source=not donate,
+            scratch_bytes=scratch_bytes,
+        )
     return treedef.unflatten(
-        [_like(out[path], leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        [_like(out[name], leaf) for name, leaf in zip(names, leaves, strict=True)]
     )
+
+
+class _Layouts:
+    """Layouts that leaves share, by which they are known as alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Layout] = {}
+        self._places: dict[Any, Places] = {}
+
+    def of(self, array: Array, sharding: Any) -> Layout:
+        key = sharding, array.shape, array.dtype
+        if key not in self._known:
+            mesh = getattr(sharding, "mesh", sharding)
+            found = Layout.of_sharding(
+                sharding, array.shape, array.dtype, self._places.get(mesh)
+            )
+            self._known[key] = found
+            self._places[mesh] = found.places
+        return self._known[key]
 
 
 def _by_collectives(
@@ -120,10 +133,9 @@ def _by_collectives(
 
     There every device sends to every other at once, and one program asks for it all.
     """
+    share = functools.cache(_share_devices)
     chosen = [
-        path
-        for path, array in arrays.items()
-        if _share_devices(array.sharding, shardings[path])
+        path for path, array in arrays.items() if share(array.sharding, shardings[path])
     ]
     if not chosen:
         return {}
@@ -210,11 +222,20 @@ def compile_move(layout: Any, old: Mesh, new: Mesh, *, keep_source: bool) -> Non
 def _plan(
     layouts: list[LeafLayout], old: Mesh, new: Mesh, lost: frozenset[int]
 ) -> TransferPlan:
-    source, target = (
-        {leaf.path: Layout.of_leaf(leaf, grid) for leaf in layouts}
-        for grid in (Places.of_mesh(old), Places.of_mesh(new))
-    )
+    source, target = (_laid_out(layouts, Places.of_mesh(x)) for x in (old, new))
     return plan_transfer([source], target, lost=lost)
+
+
+def _laid_out(leaves: Sequence[LeafLayout], places: Places) -> dict[str, Layout]:
+    """Layouts by path; leaves that are alike share theirs."""
+    known: dict[Any, Layout] = {}
+    found = {}
+    for leaf in leaves:
+        key = leaf.shape, leaf.dtype, leaf.dim
+        if key not in known:
+            known[key] = Layout.of_leaf(leaf, places)
+        found[leaf.path] = known[key]
+    return found
 
 
 def _through_hosts(

@@ -65,6 +65,8 @@ class _Leaf:
     route: Route
     # The leaf's dims that the route is about.
     dims: tuple[int, ...]
+    # What leaves share that differ in nothing but their name and their turn.
+    alike: int
     load: Load
 
 
@@ -89,19 +91,35 @@ class TransferPlan:
         kinds: dict[object, int] = {}
         order: collections.Counter[object] = collections.Counter()
         self._leaves: dict[str, _Leaf] = {}
+        # Many leaves share their layouts, and are looked at once.
+        known: dict[object, tuple[Route, tuple[int, ...], int, int]] = {}
         for path, layout in target.items():
             found = [(i, tree[path]) for i, tree in enumerate(sources) if path in tree]
-            route, dims = self._router.find(found, layout)
-            unit = layout.itemsize * math.prod(
-                n for dim, n in enumerate(layout.shape) if dim not in dims
-            )
+            key = id(layout), *((i, id(x)) for i, x in found)
+            if key not in known:
+                known[key] = self._look_at(found, layout, kinds)
+            route, dims, unit, alike = known[key]
             # Leaves of one kind go around equal senders, each kind from another start.
-            kind = route, unit
-            turn = kinds.setdefault(kind, len(kinds)) + order[kind]
-            order[kind] += 1
-            self._leaves[path] = _Leaf(route, dims, Load(unit, turn))
+            turn = kinds.setdefault((route, unit), len(kinds)) + order[route, unit]
+            order[route, unit] += 1
+            self._leaves[path] = _Leaf(route, dims, alike, Load(unit, turn))
         self._listed: dict[object, list[Parcel]] = {}
         self.missing: dict[str, list[Box]] = self._find_missing()
+
+    def _look_at(
+        self,
+        found: Sequence[tuple[int, Layout]],
+        target: Layout,
+        kinds: dict[object, int],
+    ) -> tuple[Route, tuple[int, ...], int, int]:
+        """What is the same for all leaves with these layouts."""
+        route, dims = self._router.find(found, target)
+        unit = target.itemsize * math.prod(
+            n for dim, n in enumerate(target.shape) if dim not in dims
+        )
+        cuts = tuple((i, x.cuts) for i, x in found)
+        alike = route, target.shape, target.itemsize, target.cuts, cuts
+        return route, dims, unit, kinds.setdefault(alike, len(kinds))
 
     def _find_missing(self) -> dict[str, list[Box]]:
         boxes: dict[Route, list[Box]] = {}
@@ -137,10 +155,8 @@ class TransferPlan:
 
     def kind(self, path: str) -> object:
         """What leaves share whose pieces are the same but for their names."""
-        leaf, layouts = self._leaves[path], [self.target[path]]
-        layouts += [tree[path] for tree in self.sources if path in tree]
-        alike = tuple((x.shape, x.cuts, x.itemsize, id(x.places)) for x in layouts)
-        return leaf.route, alike, leaf.load.turn % leaf.route.period
+        leaf = self._leaves[path]
+        return leaf.alike, leaf.load.turn % leaf.route.period
 
     def for_target(
         self, target: int, paths: Iterable[str] | None = None
