@@ -5,9 +5,11 @@ back. Invariant: the state, the data cursor and the step are one; whatever happe
 run stands where the state stands. When to do which of these is the trainer's business.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jax import Array
 
 from shardkit.checkpoint import Checkpoints
@@ -126,9 +128,10 @@ class Controller:
 
     def reconfigure(self, num_devices: int, change: Change) -> dict[str, Array] | None:
         """Moves to another placement; returns the metrics of a step if it did one."""
+        start_s = time.monotonic()
         old, before = self.start()
         new = self.placements.on(num_devices)
-        transition = Transition(old, new)
+        transition = Transition(old, new, start_s)
         self._num_here = 0
         counts = {"from_devices": old.num_devices, "to_devices": new.num_devices}
         self.events.emit("reconfiguring", step=self.step, **counts)
@@ -142,13 +145,14 @@ class Controller:
                 for placement in (old, new):
                     placement.compile()
                     placement.compile_digests()
-            batch = self._batch()
+            with transition.phase("batch"):
+                batch = self._batch()
             with self.waiter.ignoring():
                 return self._certify(before, batch, transition)
         else:
             self._compile(new, transition)
             self._move(before, transition)
-        self.events.emit("reconfigure", **transition.report(self.step, None))
+        self._tell(transition, self.step, None)
         return None
 
     def _compile(self, placement: Placement, transition: Transition) -> None:
@@ -178,12 +182,16 @@ class Controller:
         """Computes a step on both placements, and goes on with the new one."""
         old, new, step = transition.old, transition.new, self.step
         after = transition.move(before, keep_source=True)
-        with transition.phase("certify"):
+        with transition.phase("old_step"):
             stayed, expected = old.step(before, batch)
             # Whatever happens to the other, this state is whole.
             self.live, self.step = (old, stayed), step + 1
+            jax.block_until_ready(stayed)
+        with transition.phase("old_digest"):
             wanted = old.digest(stayed)
-            moved, metrics = new.step(after, batch)
+        with transition.phase("new_step"):
+            moved, metrics = jax.block_until_ready(new.step(after, batch))
+        with transition.phase("new_digest"):
             found = new.digest(moved)
         differing = differences(found, wanted, metrics, expected)
         if differing:
@@ -194,8 +202,12 @@ class Controller:
         else:
             self._certified |= {device_ids(old.mesh), device_ids(new.mesh)}
         self.live = new, moved
-        self.events.emit("reconfigure", **transition.report(step, not differing))
+        self._tell(transition, step, not differing)
         return metrics
+
+    def _tell(self, transition: Transition, step: int, certified: bool | None) -> None:
+        report = transition.report(step, certified)
+        self.events.emit("reconfigure", since_s=transition.start_s, **report)
 
     def _move_what_is_left(self, before: TrainState, transition: Transition) -> None:
         """Moves the surviving shards, or goes back to the newest checkpoint."""
@@ -228,6 +240,7 @@ class Controller:
             ConfigError: If there is nowhere to.
             RestoreError: If another run has saved there meanwhile.
         """
+        start_s = time.monotonic()
         checkpoints = self._saved()
         placement, state = self.start()
         if self.step not in self._own_steps:
@@ -239,7 +252,7 @@ class Controller:
             digests = placement.digest(state)
             checkpoints.save(self.step, state, placement, digests, self._manifest)
             self._own_steps.add(self.step)
-        self.events.emit("checkpoint", step=self.step)
+        self.events.emit("checkpoint", since_s=start_s, step=self.step)
 
     def restore(self, step: int | None) -> int:
         """Goes to a saved step; the state is read when it is first needed."""

@@ -14,8 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardkit.errors import CertificateError, MembershipError, MeshError
-from shardkit.events import EventLog
+from shardkit.errors import (
+    CertificateError,
+    LostStateError,
+    MembershipError,
+    MeshError,
+)
+from shardkit.events import EventLog, Phase
 from shardkit.membership import Change, Membership
 from shardkit.mesh import BATCH_AXES, MeshSpec, device_ids, mesh_sizes
 from shardkit.placement import Placement
@@ -186,24 +191,36 @@ class Transition:
     Args:
         old: Where the state is.
         new: Where it goes.
+        start_s: When it began, before `new` was derived, in seconds of
+            `time.monotonic`.
 
     Attributes:
+        start_s: The same.
+        phases: What was done, in order.
         was_ready: Whether the program was compiled when the change came.
     """
 
-    def __init__(self, old: Placement, new: Placement) -> None:
-        self.old, self.new = old, new
-        self.phases_s: dict[str, float] = {}
+    def __init__(self, old: Placement, new: Placement, start_s: float) -> None:
+        self.old, self.new, self.start_s = old, new, start_s
+        self.phases: list[Phase] = []
+        self._record("derive", start_s, time.monotonic())
         self.bytes_moved = 0
         self.was_ready = new.is_compiled
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a block to a phase."""
+        """Times a block, also one that fails: it took its time."""
         start_s = time.monotonic()
-        yield
-        spent_s = time.monotonic() - start_s
-        self.phases_s[name] = self.phases_s.get(name, 0.0) + spent_s
+        try:
+            yield
+        finally:
+            self._record(name, start_s, time.monotonic())
+
+    def _record(
+        self, name: str, start_s: float, end_s: float, num_bytes: int = 0
+    ) -> None:
+        begin_s = self.start_s
+        self.phases.append(Phase(name, start_s - begin_s, end_s - begin_s, num_bytes))
 
     def move(
         self,
@@ -212,12 +229,13 @@ class Transition:
         lost: frozenset[int] = frozenset(),
         keep_source: bool = False,
     ) -> TrainState:
-        """Moves the state.
+        """Moves the state, and waits until it is there.
 
         Raises:
             LostStateError: If a part of it survives nowhere.
         """
-        with self.phase("move"):
+        start_s = time.monotonic()
+        try:
             moved = move_state(
                 state,
                 self.old.layout,
@@ -226,6 +244,15 @@ class Transition:
                 lost=lost,
                 keep_source=keep_source,
             )
+        except LostStateError:
+            # Found out while planning; nothing was moved.
+            self._record("plan", start_s, time.monotonic())
+            raise
+        # A phase that ended when its copies were asked for would say nothing.
+        jax.block_until_ready(moved.tree)
+        planned_s = start_s + moved.plan_s
+        self._record("plan", start_s, planned_s)
+        self._record("move", planned_s, time.monotonic(), moved.bytes_moved)
         self.bytes_moved = moved.bytes_moved
         return moved.tree
 
@@ -238,7 +265,7 @@ class Transition:
             "from_mesh": mesh_sizes(self.old.mesh),
             "to_mesh": mesh_sizes(self.new.mesh),
             "bytes_moved": self.bytes_moved,
-            "phases_s": {name: round(s, 6) for name, s in self.phases_s.items()},
+            "phases": [phase.record() for phase in self.phases],
             "was_ready": self.was_ready,
             "certified": certified,
         }

@@ -1,17 +1,19 @@
 """Named phases and facts of a run, to which reports and tests listen.
 
-Owns the event log. A log is passed explicitly to whatever emits into it; there is
-no global one. Listeners are called in the emitting thread, in order.
+Owns the event log, and what a phase of a change is. A log is passed explicitly to
+whatever emits into it; there is no global one. Listeners are called in the emitting
+thread, in order.
 """
 
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Event", "EventLog"]
+__all__ = ["Event", "EventLog", "Phase"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +25,14 @@ class Event:
         start_s: When it began, in seconds of `time.monotonic`.
         end_s: When it ended; equal to `start_s` for a mere fact.
         fields: What else is known of it; JSON values only.
+        thread: The name of the thread that it happened in.
     """
 
     name: str
     start_s: float
     end_s: float
     fields: dict[str, Any]
+    thread: str
 
     @property
     def duration_s(self) -> float:
@@ -36,14 +40,51 @@ class Event:
         return self.end_s - self.start_s
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a change of devices.
+
+    Attributes:
+        name: What was done, such as `"move"`.
+        start_s: When it began, in seconds since the change did.
+        end_s: When it ended, likewise, with its results there.
+        num_bytes: What it moved from device to device.
+
+    Example:
+        >>> Phase("move", 0.25, 0.5, 44).record()
+        {'name': 'move', 'start_s': 0.25, 'end_s': 0.5, 'bytes': 44}
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+    num_bytes: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """Returns it as JSON values, to the microsecond."""
+        return {
+            "name": self.name,
+            "start_s": round(self.start_s, 6),
+            "end_s": round(self.end_s, 6),
+            "bytes": self.num_bytes,
+        }
+
+
 class EventLog:
     """Collects events and hands each one to the listeners.
 
-    What a `Trainer` emits, and with which fields: `"notice"` (`message`), `"compile"`
-    (`program`), `"reconfiguring"` and `"reconfigure"` (`step`, `from_devices`,
-    `to_devices`, and afterwards the meshes, `bytes_moved`, `phases_s`, `certified`),
-    `"eval"` (`step`, `loss`, the metrics), `"checkpoint"` (`step`), `"rewind"`
-    (`step`, `repeats`). Without a listener notices are logged as warnings.
+    What a `Trainer` emits, and with which fields:
+
+    - `"notice"`: `message`. Without a listener it is logged as a warning.
+    - `"compile"`: `program` and `devices`, how many it is for; maybe in another thread.
+    - `"reconfiguring"` and `"reconfigure"`, which lasts as long as the change: `step`,
+      `from_devices`, `to_devices`, and afterwards `from_mesh`, `to_mesh`,
+      `bytes_moved`, `phases` (each as `Phase.record` gives it), `was_ready`,
+      `certified`.
+    - `"first_step"`: `step`. The first step after a change that did none itself, from
+      its dispatch until its results are there.
+    - `"eval"`: `step`, `loss`, the metrics. `"checkpoint"`: `step`.
+    - `"rewind"`: `step`, `repeats`.
 
     Example:
         >>> log = EventLog()
@@ -62,19 +103,34 @@ class EventLog:
         """Calls `listener` with every event from now on."""
         self._listeners.append(listener)
 
-    def emit(self, name: str, **fields: Any) -> None:
-        """Records a fact that takes no time."""
-        now = time.monotonic()
-        self._send(Event(name=name, start_s=now, end_s=now, fields=fields))
+    def emit(
+        self, name: str, /, *, since_s: float | None = None, **fields: Any
+    ) -> None:
+        """Records what ends now.
+
+        Args:
+            name: What it is.
+            since_s: When it began, in seconds of `time.monotonic`; None for a fact
+                that takes no time.
+            **fields: What else is known of it.
+        """
+        now_s = time.monotonic()
+        self._send(
+            Event(
+                name=name,
+                start_s=now_s if since_s is None else since_s,
+                end_s=now_s,
+                fields=fields,
+                thread=threading.current_thread().name,
+            )
+        )
 
     @contextlib.contextmanager
     def phase(self, name: str, **fields: Any) -> Iterator[dict[str, Any]]:
         """Times a block; what is put into the yielded dict becomes its fields."""
         start_s = time.monotonic()
         yield fields
-        self._send(
-            Event(name=name, start_s=start_s, end_s=time.monotonic(), fields=fields)
-        )
+        self.emit(name, since_s=start_s, **fields)
 
     def _send(self, event: Event) -> None:
         if event.name == "notice" and not self._listeners:

@@ -128,7 +128,8 @@ class Program:
         key = _placement_key(args)
         with self._lock:
             if key not in self._executables:
-                with self._events.phase("compile", program=self._name):
+                fields = {"program": self._name, "devices": _num_devices(args)}
+                with self._events.phase("compile", **fields):
                     self._executables[key] = self._compile(args)
             return self._executables[key]
 
@@ -148,12 +149,19 @@ class Program:
         return self.compile(*args)(*args)
 
 
+def _devices(args: Any) -> set[Any]:
+    """The devices of the first argument that lies on any."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args))
+    return next((x.device_set for x in shardings if x is not None), set())
+
+
+def _num_devices(args: Any) -> int:
+    return len(_devices(args)) or 1
+
+
 def _platform(args: Any) -> str:
-    for leaf in jax.tree.leaves(args):
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is not None:
-            return next(iter(sharding.device_set)).platform
-    return jax.default_backend()
+    devices = _devices(args)
+    return next(iter(devices)).platform if devices else jax.default_backend()
 
 
 def _placement_key(args: Any) -> Any:

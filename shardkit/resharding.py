@@ -8,6 +8,7 @@ the copies are `carry`'s.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,10 +34,12 @@ class Moved:
     Attributes:
         tree: The state on the new mesh.
         bytes_moved: What went from one device to another.
+        plan_s: The seconds until it was known what to copy, of those it took.
     """
 
     tree: Any
     bytes_moved: int
+    plan_s: float = 0.0
 
 
 def reshard(
@@ -184,12 +187,14 @@ def move_state(
     Raises:
         LostStateError: Naming leaves and parts that survive nowhere.
     """
+    start_s = time.monotonic()
     leaves, treedef = jax.tree.flatten(tree)
     layouts: list[LeafLayout] = jax.tree.leaves(layout)
     if not all(array.is_fully_addressable for array in leaves):
         return Moved(*_through_hosts(leaves, layouts, treedef, new, lost))
     raw = [_raw_layout(leaf) for leaf in layouts]
     plan = _plan(raw, old, new, lost)
+    plan_s = time.monotonic() - start_s
     out = carry.carry(
         plan,
         {leaf.path: _raw(x) for leaf, x in zip(raw, leaves, strict=True)},
@@ -197,7 +202,7 @@ def move_state(
         keep_source=keep_source,
     )
     moved = [_like(out[leaf.path], x) for leaf, x in zip(raw, leaves, strict=True)]
-    return Moved(treedef.unflatten(moved), plan.totals.bytes_moved)
+    return Moved(treedef.unflatten(moved), plan.totals.bytes_moved, plan_s)
 
 
 def compile_move(layout: Any, old: Mesh, new: Mesh, *, keep_source: bool) -> None:

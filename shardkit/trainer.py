@@ -273,7 +273,7 @@ class Trainer:
             controller.start(wanted)
             metrics = controller.reconfigure(wanted, change) if moves else None
             if metrics is None:
-                metrics = controller.advance()
+                metrics = self._first_step() if moves else controller.advance()
             placement, _ = controller.start()
             yield from pending.push(controller.step - 1, placement, metrics)
             if self._eval and self._is_due(self._eval.every):
@@ -283,6 +283,11 @@ class Trainer:
                 yield from pending.flush()
                 self.save()
         yield from pending.flush()
+
+    def _first_step(self) -> dict[str, jax.Array]:
+        """Runs the step after a change, and waits for it, to tell how long it took."""
+        with self.events.phase("first_step", step=self.step):
+            return jax.block_until_ready(self._controller.advance())
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -299,8 +304,9 @@ class Trainer:
         get = functools.partial(
             self._eval_data.get, check=self._controller.waiter.check
         )
-        result = evaluate(self._eval, placement, state, self.step, get)
-        self.events.emit("eval", step=self.step, **result)
+        with self.events.phase("eval", step=self.step) as fields:
+            result = evaluate(self._eval, placement, state, self.step, get)
+            fields.update(result)
         return result
 
     def state_digest(self) -> str:

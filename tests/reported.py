@@ -1,6 +1,7 @@
 """A run that is reported without being run."""
 
 import dataclasses
+import time
 
 from shardkit.config import from_dict
 from shardkit.events import EventLog
@@ -21,7 +22,10 @@ CHANGE = {
     "from_mesh": {"data": 2, "fsdp": 4},
     "to_mesh": {"fsdp": 3},
     "bytes_moved": 3 * 2**20,
-    "phases_s": {"plan": 0.01, "move": 0.24},
+    "phases": [
+        {"name": "plan", "start_s": 0.0, "end_s": 0.01, "bytes": 0},
+        {"name": "move", "start_s": 0.01, "end_s": 0.25, "bytes": 3 * 2**20},
+    ],
     "was_ready": False,
     "certified": True,
 }
@@ -43,6 +47,14 @@ def open_run(path, config=CONFIG, *, resume=False):
     return RunDirectory.open(path, config, stem="tiny", resume=resume)
 
 
+def emit_change(log, first_step_s=None):
+    """Emits a change that ended a while ago, and the first step if it took any time."""
+    start_s = time.monotonic() - 0.25 - (first_step_s or 0)
+    log.emit("reconfigure", since_s=start_s, **CHANGE)
+    if first_step_s is not None:
+        log.emit("first_step", since_s=start_s + 0.25, step=CHANGE["step"])
+
+
 def train(directory, terminal, steps, *, first=0, bits="40200000", **summary):
     """Reports a run as train.py would."""
     log = EventLog()
@@ -51,7 +63,7 @@ def train(directory, terminal, steps, *, first=0, bits="40200000", **summary):
         report.begin(first)
         for step in range(first, steps):
             if step == CHANGE["step"]:
-                log.emit("reconfigure", **CHANGE)
+                emit_change(log)
             report.step(Metrics(step, loss_bits=bits))
         records = read_records(directory.metrics)
         given = {"eval_loss": 2.25, "state_digest": "aa", "corpus_digest": None}

@@ -66,6 +66,6 @@ def test_a_failed_block_raises_its_own_error():
 
 
 def test_events_cannot_be_changed():
-    event = Event(name="a", start_s=0.0, end_s=1.0, fields={})
+    event = Event(name="a", start_s=0.0, end_s=1.0, fields={}, thread="MainThread")
     with pytest.raises(dataclasses.FrozenInstanceError):
         event.name = "b"  # type: ignore[misc]

@@ -4,12 +4,13 @@ import json
 import platform
 import re
 import runpy
+import struct
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from reported import CHANGE, CONFIG, Metrics, open_run, train
+from reported import CHANGE, CONFIG, Metrics, emit_change, open_run, train
 
 import shardkit
 from shardkit.errors import ConfigError
@@ -22,6 +23,21 @@ from shardkit.report import (
 )
 from shardkit.report.jsonl import write_atomically
 from shardkit.report.summary import versions
+
+
+def scalars(path):
+    """Reads TensorBoard's events: tag → (step, value)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    rest, found = path.read_bytes(), {}
+    while rest:
+        # A length and its checksum, an event, and its checksum.
+        (size,) = struct.unpack("<Q", rest[:8])
+        event = Event.FromString(rest[12 : 12 + size])
+        rest = rest[12 + size + 4 :]
+        for value in event.summary.value:
+            found[value.tag] = (event.step, value.simple_value)
+    return found
 
 
 def steps_in(path):
@@ -43,6 +59,18 @@ def test_the_line_of_a_change_has_its_keys_in_order(tmp_path, terminal):
     train(directory, terminal, 6)
     lines = directory.metrics.read_text().splitlines()
     assert lines[5] == json.dumps({"event": "reconfigure", **CHANGE})
+
+
+def test_the_line_of_a_first_step_counts_from_the_change(tmp_path, terminal):
+    directory = open_run(tmp_path / "run")
+    log = EventLog()
+    with Report(directory, terminal, extras=False) as report:
+        log.subscribe(report.event)
+        report.begin(0)
+        emit_change(log, first_step_s=0.5)
+    _, record = read_records(directory.metrics)
+    assert record.pop("end_s") == pytest.approx(0.75, abs=0.1)
+    assert record == {"event": "first_step", "step": 5, "start_s": 0.25}
 
 
 def test_a_loss_that_is_not_finite_stays_json(tmp_path, terminal):
@@ -242,10 +270,26 @@ def test_extras_come_with_a_run(tmp_path, terminal, out):
         report.begin(0)
         report.step(Metrics(0))
         log.emit("eval", step=1, loss=2.0)
+        emit_change(log, first_step_s=0.5)
         report.draw()
+        assert report.picture_row() == {
+            "picture": str(directory.picture),
+            "changes": str(directory.timeline),
+        }
     assert directory.picture.exists()
-    assert b"train/grad_norm" in next(directory.tensorboard.iterdir()).read_bytes()
+    assert directory.timeline.exists()
     assert "need" not in out.getvalue()
+    found = scalars(next(directory.tensorboard.iterdir()))
+    assert found["train/grad_norm"] == (0, 1.0)
+    assert found["eval/loss"] == (1, 2.0)
+    changes = {k: v for k, v in found.items() if k.startswith("reconfigure/")}
+    assert changes == {
+        "reconfigure/plan_ms": (5, pytest.approx(10)),
+        "reconfigure/move_ms": (5, pytest.approx(240)),
+        "reconfigure/total_ms": (5, pytest.approx(750, abs=100)),
+        "reconfigure/bytes_moved": (5, 3 * 2**20),
+        "reconfigure/first_step_ms": (5, pytest.approx(500, abs=100)),
+    }
 
 
 def test_without_extras_there_is_one_notice(tmp_path, terminal, out, monkeypatch):

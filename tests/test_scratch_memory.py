@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import gc
 
 import jax
@@ -168,5 +169,5 @@ def test_programs_that_were_compiled_before_are_not_compiled_again(
         )
         # What nobody has compiled is compiled, and seen.
         others = [dataclasses.replace(x, shape=(*x.shape, 2 + keep)) for x in leaves]
-        _, names = compiled_names(caplog, lambda: move(others))
+        _, names = compiled_names(caplog, functools.partial(move, others))
         assert names & wanted

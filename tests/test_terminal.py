@@ -17,8 +17,8 @@ def test_plain_lines_tell_of_every_tenth_and_every_change(tmp_path, terminal, ou
     assert len(progress) == 10
     assert progress[-1] == "20/20  loss 2.5000  12,288 tokens/s  data=2 fsdp=4"
     assert (
-        "step 5: 8 -> 3 devices (data=2 fsdp=4 -> fsdp=3), 3 MiB moved, 0.25 s, "
-        "certified" in lines
+        "step 5: 8 -> 3 devices (data=2 fsdp=4 -> fsdp=3), 3 MiB moved, 250 ms "
+        "(move 240 ms), certified" in lines
     )
 
 

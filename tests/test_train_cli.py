@@ -75,6 +75,11 @@ class Command:
     def summary(self, out):
         return json.loads((self.path / out / "summary.json").read_text())
 
+    def traced(self, out, kind):
+        """What the trace has of a kind of event; it is whole, whenever it is read."""
+        trace = json.loads((self.path / out / "trace.json").read_text())
+        return [e["args"] for e in trace["traceEvents"] if e.get("cat") == kind]
+
     def saved(self, out):
         found = (self.path / out / "checkpoints").glob("*")
         return sorted(int(path.name) for path in found if path.name.isdigit())
@@ -137,7 +142,9 @@ def test_what_a_run_leaves_behind(train, resized):
         assert change["to_devices"] == after
         assert change["certified"] is True
         assert change["bytes_moved"] > 0
-        assert {"compile", "move", "certify"} <= change["phases_s"].keys()
+        times = {p["name"]: (p["start_s"], p["end_s"]) for p in change["phases"]}
+        assert {"compile", "plan", "move", "old_step", "new_digest"} <= times.keys()
+        assert all(0 <= start <= end for start, end in times.values())
     assert changes[0]["from_mesh"] == {"data": 2, "fsdp": 4}
     assert changes[0]["to_mesh"] == {"fsdp": 5}
     # Of the three that are kept the last is the end, though 12 were due anyway.
@@ -189,6 +196,7 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
     process = train.run_until(lambda: has_line(7), *again, **slow)
     process.kill()
     process.communicate()
+    assert train.traced(out, "begin")[1] == {"step": step}
     assert 6 in train.saved(out)
     # A line that was cut off in the middle.
     with (train.path / out / "metrics.jsonl").open("a") as file:
@@ -199,6 +207,8 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
     assert bits == [(line["step"], line["loss_bits"]) for line in train.steps(plain)]
     for name in ("final_loss", "eval_loss", "state_digest"):
         assert train.summary(out)[name] == train.summary(plain)[name]
+    assert [at["step"] for at in train.traced(out, "begin")] == [0, step, 6]
+    assert [at["step"] for at in train.traced(out, "reconfigure")] == [10]
 
 
 def test_preempted_while_it_compiles_it_leaves_and_goes_on_later(train):

@@ -8,7 +8,7 @@ an earlier step, or steps were repeated because a device was lost.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -16,6 +16,8 @@ __all__ = [
     "MetricsFile",
     "StepLike",
     "eval_record",
+    "first_step_record",
+    "phase_ms",
     "read_records",
     "reconfigure_record",
     "step_record",
@@ -29,7 +31,7 @@ _RECONFIGURE_FIELDS = (
     "from_mesh",
     "to_mesh",
     "bytes_moved",
-    "phases_s",
+    "phases",
     "was_ready",
     "certified",
 )
@@ -101,6 +103,31 @@ def reconfigure_record(fields: Mapping[str, Any]) -> dict[str, Any]:
         "event": "reconfigure",
         **{name: fields[name] for name in _RECONFIGURE_FIELDS},
     }
+
+
+def first_step_record(step: int, start_s: float, end_s: float) -> dict[str, Any]:
+    """Returns the line of the first step after a change that did none itself.
+
+    Args:
+        step: Its number, which is also that of the change.
+        start_s: When it was dispatched, in seconds since the change began.
+        end_s: When its results were there, likewise.
+    """
+    times = {"start_s": round(start_s, 6), "end_s": round(end_s, 6)}
+    return {"event": "first_step", "step": step, **times}
+
+
+def phase_ms(phases: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Adds up the milliseconds of phases by name, in their order.
+
+    >>> phase_ms([{"name": "move", "start_s": 0.25, "end_s": 0.5}])
+    {'move': 250.0}
+    """
+    found: dict[str, float] = {}
+    for phase in phases:
+        spent_ms = 1e3 * (phase["end_s"] - phase["start_s"])
+        found[phase["name"]] = found.get(phase["name"], 0.0) + spent_ms
+    return found
 
 
 def eval_record(step: int, loss: float) -> dict[str, Any]:

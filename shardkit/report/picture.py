@@ -41,7 +41,7 @@ def write_picture(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [3.4, 1], "hspace": 0.05}
     )
     for axes in (upper, lower):
-        _style(axes)
+        style(axes)
     _draw_loss(upper, records, twin)
     _draw_devices(lower, records)
     for change in _changes(records):
@@ -94,7 +94,7 @@ def _changes(records: Records) -> list[Mapping[str, Any]]:
     return [r for r in records if r.get("event") == "reconfigure"]
 
 
-def _style(axes: Any) -> None:
+def style(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.tick_params(colors=MUTED, labelsize=9, length=3)

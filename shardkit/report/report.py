@@ -10,6 +10,7 @@ from shardkit.report.jsonl import (
     MetricsFile,
     StepLike,
     eval_record,
+    first_step_record,
     read_records,
     reconfigure_record,
     step_record,
@@ -19,10 +20,12 @@ from shardkit.report.run_dir import RunDirectory
 from shardkit.report.summary import summary_rows
 from shardkit.report.tensorboard import TensorBoard
 from shardkit.report.terminal import Terminal, format_reconfigure
+from shardkit.report.timeline import write_timeline
+from shardkit.report.trace import TraceFile
 
 __all__ = ["Report"]
 
-_OPTIONAL = {"tensorboardX": "TensorBoard events", "matplotlib": "a picture"}
+_OPTIONAL = {"tensorboardX": "TensorBoard events", "matplotlib": "pictures"}
 
 
 class Report:
@@ -34,7 +37,7 @@ class Report:
         directory: Where the run writes.
         terminal: Where it speaks.
         label: What to call the run.
-        extras: Whether to write TensorBoard events and a picture.
+        extras: Whether to write TensorBoard events and pictures.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Report:
         self._extras = extras
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
+        self._trace: TraceFile | None = None
+        self._change: Event | None = None
 
     def begin(self, first_step: int) -> None:
         """Opens the files, once it is sure that the run can start.
@@ -67,6 +72,9 @@ class Report:
         self.directory.prepare()
         self._metrics = MetricsFile(self.directory.metrics)
         self._metrics.truncate(first_step)
+        name = self.directory.path.name
+        self._trace = TraceFile(self.directory.trace, label=name)
+        self._trace.mark("begin", step=first_step)
         if self._extras:
             self._say_what_is_missing()
             if importlib.util.find_spec("tensorboardX"):
@@ -81,13 +89,22 @@ class Report:
     def step(self, metrics: StepLike) -> None:
         """Reports a step."""
         assert self._metrics is not None, "begin comes first"
+        if self._trace is not None:
+            self._trace.step(metrics)
         self._metrics.append(step_record(metrics))
         self.terminal.step(metrics)
         if self._tensorboard:
             self._tensorboard.step(metrics)
 
     def event(self, event: Event) -> None:
-        """Reports an event; subscribe it to the run's log."""
+        """Reports an event; subscribe it to the run's log.
+
+        Programs are compiled in other threads too, so `compile` is for the trace only,
+        which may be written to from any.
+        """
+        trace = self._trace
+        if trace is not None:
+            trace.event(event)
         fields = event.fields
         if event.name == "notice":
             self.terminal.line(fields["message"], style="yellow")
@@ -100,6 +117,15 @@ class Report:
             self.terminal.moved(fields["to_mesh"])
             self.terminal.line(format_reconfigure(fields), style="bold cyan")
             self._keep(reconfigure_record(fields))
+            self._change = event
+            if self._tensorboard:
+                self._tensorboard.reconfigure(fields, event.duration_s)
+        elif event.name == "first_step" and self._change is not None:
+            begin_s, step = self._change.start_s, fields["step"]
+            start_s, end_s = event.start_s - begin_s, event.end_s - begin_s
+            self._keep(first_step_record(step, start_s, end_s))
+            if self._tensorboard:
+                self._tensorboard.first_step(step, event.duration_s)
         elif event.name == "rewind" and self._metrics is not None:
             self._metrics.truncate(fields["step"])
         elif event.name == "eval":
@@ -120,31 +146,37 @@ class Report:
         self.terminal.table(self.label, rows | self.picture_row())
 
     def draw(self, twin: Path | None = None) -> None:
-        """Draws the picture, over that of a twin's metrics if there are any."""
+        """Draws the pictures, over the loss of a twin's metrics if there are any."""
         if not importlib.util.find_spec("matplotlib"):
             return
+        records, title = read_records(self.directory.metrics), self.directory.path.name
         try:
             write_picture(
                 self.directory.picture,
-                read_records(self.directory.metrics),
+                records,
                 twin=read_records(twin) if twin else (),
-                title=self.directory.path.name,
+                title=title,
             )
+            write_timeline(self.directory.timeline, records, title=title)
         except Exception as error:  # the run is whole and saved; this is decoration
             self.terminal.line(f"no picture: {error}", style="yellow")
 
     def picture_row(self) -> dict[str, str]:
-        """Returns what a table shows of the picture, if there is one."""
-        path = self.directory.picture
-        return {"picture": str(path)} if self._extras and path.is_file() else {}
+        """Returns what a table shows of the pictures, if there are any."""
+        paths = {"picture": self.directory.picture, "changes": self.directory.timeline}
+        return {
+            name: str(path)
+            for name, path in paths.items()
+            if self._extras and path.is_file()
+        }
 
     def close(self) -> None:
         """Closes everything; a second call does nothing."""
         self.terminal.end()
-        for file in (self._metrics, self._tensorboard):
+        for file in (self._metrics, self._tensorboard, self._trace):
             if file is not None:
                 file.close()
-        self._metrics = self._tensorboard = None
+        self._metrics = self._tensorboard = self._trace = None
 
     def __enter__(self) -> "Report":
         return self

@@ -92,6 +92,16 @@ class RunDirectory:
         return self.path / "loss.png"
 
     @property
+    def timeline(self) -> Path:
+        """The picture of the changes of devices, phase by phase."""
+        return self.path / "changes.png"
+
+    @property
+    def trace(self) -> Path:
+        """What happened when, for a trace viewer."""
+        return self.path / "trace.json"
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint was ever begun here."""
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from shardkit.report.jsonl import StepLike
+from shardkit.report.jsonl import StepLike, phase_ms
 
 __all__ = ["TensorBoard"]
 
@@ -41,6 +42,22 @@ class TensorBoard:
     def evaluation(self, step: int, loss: float) -> None:
         """Writes the loss of an evaluation."""
         self._write({"eval/loss": loss}, step)
+
+    def reconfigure(self, fields: Mapping[str, Any], spent_s: float) -> None:
+        """Writes how long a change of devices took, and each of its phases.
+
+        Args:
+            fields: What the event `reconfigure` has.
+            spent_s: The seconds of it all.
+        """
+        times = {**phase_ms(fields["phases"]), "total": 1e3 * spent_s}
+        scalars = {f"reconfigure/{name}_ms": ms for name, ms in times.items()}
+        scalars["reconfigure/bytes_moved"] = fields["bytes_moved"]
+        self._write(scalars, fields["step"])
+
+    def first_step(self, step: int, spent_s: float) -> None:
+        """Writes how long the first step after a change took."""
+        self._write({"reconfigure/first_step_ms": 1e3 * spent_s}, step)
 
     def close(self) -> None:
         """Writes what is left."""

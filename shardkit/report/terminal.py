@@ -6,7 +6,7 @@ decides nothing and keeps nothing.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,9 +21,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from shardkit.report.jsonl import StepLike
+from shardkit.report.jsonl import StepLike, phase_ms
 
-__all__ = ["Terminal", "format_bytes", "format_mesh", "format_reconfigure"]
+__all__ = [
+    "Terminal",
+    "format_bytes",
+    "format_mesh",
+    "format_reconfigure",
+    "format_time",
+]
 
 NUM_RECENT = 10
 """Steps over which the speed is averaged."""
@@ -63,8 +69,30 @@ def format_reconfigure(fields: Mapping[str, Any]) -> str:
         f"devices ({format_mesh(fields['from_mesh'])} -> "
         f"{format_mesh(fields['to_mesh'])}), "
         f"{format_bytes(fields['bytes_moved'])} moved, "
-        f"{sum(fields['phases_s'].values()):.2f} s, {verdict[fields['certified']]}"
+        f"{_format_phases(fields['phases'])}, {verdict[fields['certified']]}"
     )
+
+
+def format_time(spent_ms: float) -> str:
+    """Writes a time with at most three digits.
+
+    >>> [format_time(ms) for ms in (260_000, 19_760, 2310, 14.2, 0.31)]
+    ['260 s', '19.8 s', '2.31 s', '14 ms', '0.3 ms']
+    """
+    if spent_ms >= 1000:
+        spent_s = spent_ms / 1000
+        return f"{spent_s:.{max(0, 3 - len(str(int(spent_s))))}f} s"
+    return f"{spent_ms:.0f} ms" if spent_ms >= 10 else f"{spent_ms:.1f} ms"
+
+
+def _format_phases(phases: Sequence[Mapping[str, Any]]) -> str:
+    """Writes how long a change took, and what took most of it."""
+    spent_ms = phase_ms(phases)
+    total = format_time(1000 * max((phase["end_s"] for phase in phases), default=0))
+    if len(spent_ms) < 2:
+        return total
+    longest = max(spent_ms, key=lambda name: spent_ms[name])
+    return f"{total} ({longest.replace('_', ' ')} {format_time(spent_ms[longest])})"
 
 
 class Terminal:
