@@ -71,6 +71,8 @@ def sharding(num_devices, dim, ndim):
     from jax.sharding import PartitionSpec as P
 
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("fsdp",))
+    if dim is None:
+        return NamedSharding(mesh, P())
     return NamedSharding(mesh, P(*[None] * min(dim, ndim - 1), "fsdp"))
 
 
