@@ -58,7 +58,6 @@ def one(name, limit, num_bytes):
         except sk.ConfigError as error:
             limit = int(str(error).split("needs ")[1].split()[0])
     before = stats("bytes_in_use")
-    assert stats("peak_bytes_in_use") == before, "the state itself took more"
     moved = sk.reshard(tree, wanted, donate=True, scratch_bytes=limit)
     jax.block_until_ready(moved)
     del tree

@@ -7,9 +7,10 @@ the copies are `carry`'s.
 """
 
 import dataclasses
+import enum
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,8 +59,9 @@ def reshard(
             that cut nothing.
         donate: Whether the arrays may be used up, and with them whatever shares their
             memory; each is freed when it has been sent.
-        scratch_bytes: How many bytes may be on their way to a device at a time; at
-            least what the largest piece needs. None for no limit.
+        scratch_bytes: How many bytes more than before or after (whichever is more) a
+            device may hold; at least what the largest piece needs. None for what
+            keeps the devices busy.
 
     Returns:
         The tree at its new place.
@@ -85,29 +87,89 @@ def reshard(
         ),
         is_leaf=lambda x: isinstance(x, Sharding),
     )
+    arrays = list(map(_raw, leaves))
+    way = functools.cache(_way)
+    ways: dict[_Way, list[int]] = {}
+    for i, (x, sharding) in enumerate(zip(arrays, wanted, strict=True)):
+        ways.setdefault(way(x.sharding, sharding, scratch_bytes), []).append(i)
+    out: dict[int, Array] = {}
+    for found, chosen in ways.items():
+        some, there = [arrays[i] for i in chosen], [wanted[i] for i in chosen]
+        if found is _Way.COLLECTIVES:
+            moved = _by_collectives(tuple(there), donate)(some)
+        elif found is _Way.HOSTS:
+            moved = [_through_hosts(x, s) for x, s in zip(some, there, strict=True)]
+        else:
+            moved = _by_plan(some, there, donate, scratch_bytes)
+        out |= zip(chosen, moved, strict=True)
+    return treedef.unflatten(_like(out[i], leaf) for i, leaf in enumerate(leaves))
+
+
+class _Way(enum.Enum):
+    """How a leaf is moved.
+
+    Where devices are linked and stay, each sends to every other at once when one
+    program asks for all. What other processes have can only be had by such a program,
+    or through the memory of all hosts.
+    """
+
+    PLAN = 1
+    COLLECTIVES = 2
+    HOSTS = 3
+
+
+def _way(old: Sharding, new: Sharding, scratch_bytes: int | None) -> _Way:
+    is_here = old.is_fully_addressable and new.is_fully_addressable
+    if isinstance(old, NamedSharding) and isinstance(new, NamedSharding):
+        meshes: list[Any] = [old.mesh, new.mesh]
+        stays = device_ids(meshes[0]) == device_ids(meshes[1])
+        is_free = scratch_bytes is None and not carry.by_host(new.device_set)
+        if stays and (is_free or not is_here):
+            return _Way.COLLECTIVES
+    return _Way.PLAN if is_here else _Way.HOSTS
+
+
+def _by_plan(
+    arrays: Sequence[Array],
+    wanted: Sequence[Any],
+    donate: bool,
+    scratch_bytes: int | None,
+) -> list[Array]:
+    """Moves what this process has, as a plan says."""
     # No leaf can be lost here, so that nobody will hear these names.
-    names = [str(i) for i in range(len(leaves))]
-    arrays = dict(zip(names, map(_raw, leaves), strict=True))
-    shardings = dict(zip(names, wanted, strict=True))
-    out = {}
-    if scratch_bytes is None:
-        out = _by_collectives(arrays, shardings, donate)
-    rest = {name: x for name, x in arrays.items() if name not in out}
-    if rest:
-        layouts = _Layouts()
-        out |= carry.carry(
-            plan_transfer(
-                [{name: layouts.of(x, x.sharding) for name, x in rest.items()}],
-                {name: layouts.of(x, shardings[name]) for name, x in rest.items()},
-            ),
-            rest,
-            {name: shardings[name] for name in rest},
-            keep_source=not donate,
-            scratch_bytes=scratch_bytes,
-        )
-    return treedef.unflatten(
-        [_like(out[name], leaf) for name, leaf in zip(names, leaves, strict=True)]
+    names = [str(i) for i in range(len(arrays))]
+    layouts = _Layouts()
+    source = [layouts.of(x, x.sharding) for x in arrays]
+    target = [layouts.of(x, s) for x, s in zip(arrays, wanted, strict=True)]
+    moved = carry.carry(
+        plan_transfer(
+            [dict(zip(names, source, strict=True))],
+            dict(zip(names, target, strict=True)),
+        ),
+        dict(zip(names, arrays, strict=True)),
+        dict(zip(names, wanted, strict=True)),
+        keep_source=not donate,
+        scratch_bytes=scratch_bytes,
     )
+    return [moved[name] for name in names]
+
+
+@functools.lru_cache(maxsize=16)
+def _by_collectives(shardings: tuple[Any, ...], donate: bool) -> Any:
+    """Makes the program that moves arrays on their devices.
+
+    Kept, since JAX looks at every sharding anew when it is given a new function.
+    """
+    return jax.jit(
+        lambda arrays: arrays,
+        out_shardings=list(shardings),
+        donate_argnums=0 if donate else (),
+    )
+
+
+def _through_hosts(array: Array, sharding: Any) -> Array:
+    whole = _gathered(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: whole[i])
 
 
 class _Layouts:
@@ -127,41 +189,6 @@ class _Layouts:
             self._known[key] = found
             self._places[mesh] = found.places
         return self._known[key]
-
-
-def _by_collectives(
-    arrays: Mapping[str, Array], shardings: Mapping[str, Any], donate: bool
-) -> dict[str, Array]:
-    """Moves what stays on its devices in one program, where devices are linked.
-
-    There every device sends to every other at once, and one program asks for it all.
-    """
-    share = functools.cache(_share_devices)
-    chosen = [
-        path for path, array in arrays.items() if share(array.sharding, shardings[path])
-    ]
-    if not chosen:
-        return {}
-    move = jax.jit(
-        _identity,
-        out_shardings=[shardings[path] for path in chosen],
-        donate_argnums=0 if donate else (),
-    )
-    moved = move([arrays[path] for path in chosen])
-    return dict(zip(chosen, moved, strict=True))
-
-
-def _identity(tree: Any) -> Any:
-    return tree
-
-
-def _share_devices(old: Any, new: Any) -> bool:
-    """Whether two meshes have the same devices in the same order, none on the CPU."""
-    if not (isinstance(old, NamedSharding) and isinstance(new, NamedSharding)):
-        return False
-    meshes: list[Any] = [old.mesh, new.mesh]
-    is_same = device_ids(meshes[0]) == device_ids(meshes[1])
-    return is_same and not carry.by_host(new.device_set)
 
 
 def move_state(
@@ -191,7 +218,7 @@ def move_state(
     leaves, treedef = jax.tree.flatten(tree)
     layouts: list[LeafLayout] = jax.tree.leaves(layout)
     if not all(array.is_fully_addressable for array in leaves):
-        return Moved(*_through_hosts(leaves, layouts, treedef, new, lost))
+        return Moved(*_state_through_hosts(leaves, layouts, treedef, new, lost))
     raw = [_raw_layout(leaf) for leaf in layouts]
     plan = _plan(raw, old, new, lost)
     plan_s = time.monotonic() - start_s
@@ -243,7 +270,7 @@ def _laid_out(leaves: Sequence[LeafLayout], places: Places) -> dict[str, Layout]
     return found
 
 
-def _through_hosts(
+def _state_through_hosts(
     leaves: list[Array],
     layouts: list[LeafLayout],
     treedef: Any,
@@ -263,13 +290,16 @@ def _through_hosts(
 
 def to_host(array: Array, leaf: LeafLayout) -> np.ndarray:
     """Copies the logical array to the memory of every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        whole = np.asarray(array)
-    else:
-        from jax.experimental import multihost_utils
+    return _gathered(array)[tuple(slice(0, size) for size in leaf.shape)]
 
-        whole = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(whole)[tuple(slice(0, size) for size in leaf.shape)]
+
+def _gathered(array: Array) -> np.ndarray:
+    """The whole array in the memory of every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def from_host(whole: np.ndarray, leaf: LeafLayout, mesh: Mesh) -> Array:
