@@ -8,6 +8,8 @@ resumed. Errors that a user can mend end in one message, without a traceback.
 import contextlib
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import shardkit as sk
@@ -34,6 +36,8 @@ def say_last(message: str, error: BaseException) -> None:
 def train(arguments: cli.Arguments) -> int:
     """Runs one config, and its uninterrupted twin if asked to."""
     terminal = report.Terminal()
+    if arguments.inspect:
+        return inspect(arguments)
     with contextlib.ExitStack() as stack:
         # From here to the end, also where no run listens, a signal kills nothing.
         listening = sk.signals()
@@ -57,6 +61,21 @@ def train(arguments: cli.Arguments) -> int:
                 )
                 error.add_note(f"go on with: {command}")
             raise
+
+
+def inspect(arguments: cli.Arguments) -> int:
+    """Prints what the programs of a config cost, on the whole pool; runs nothing."""
+    with tempfile.TemporaryDirectory() as directory:
+        cli.prepare_environment(arguments.config.devices, Path(directory) / "cache")
+        trainer, _ = build.build_trainer(
+            arguments.config,
+            devices=build.device_pool(arguments.config.devices),
+            checkpoints=Path(directory) / "checkpoints",
+            events=sk.EventLog(),
+        )
+        with trainer:
+            print(*trainer.inspect().values(), sep="\n\n")
+    return 0
 
 
 def run_and_compare(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shardkit.model import LossOutput as LossOutput
     from shardkit.model import Model as Model
     from shardkit.program import Program as Program
+    from shardkit.program_cache import use_program_cache as use_program_cache
     from shardkit.recipe import LossScale as LossScale
     from shardkit.resharding import reshard as reshard
     from shardkit.trainer import Trainer as Trainer
@@ -57,6 +58,7 @@ _HOMES = {
     "metrics": "StepMetrics",
     "model": "LossOutput Model",
     "program": "Program",
+    "program_cache": "use_program_cache",
     "recipe": "LossScale",
     "resharding": "reshard",
     "trainer": "Trainer",

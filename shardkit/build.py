@@ -205,6 +205,7 @@ def build_trainer(
         loss_scale=_loss_scale(config.train.loss_scale),
         strict=config.train.strict,
         standby=config.train.standby,
+        standby_counts=config.train.standby_counts,
         devices=devices,
         events=events,
         manifest={"config": configs.identity(config), "corpus_digest": digest},

@@ -76,6 +76,8 @@ class Arguments:
     """Go on from the newest checkpoint of `out`."""
     twin: bool
     """Also run without any resize, and compare."""
+    inspect: bool
+    """Only say what the programs cost."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,6 +125,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
         action="store_true",
         help="then run again on the whole pool throughout, and compare every bit",
     )
+    parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="compile for the pool, say what a step costs on a device, and leave",
+    )
     found = parser.parse_args(plain)
     if found.resume and found.out is None:
         raise ConfigError("--resume: which run? name its directory with --out DIR")
@@ -137,6 +144,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         out=found.out,
         resume=found.resume,
         twin=found.twin,
+        inspect=found.inspect,
     )
 
 
@@ -146,12 +154,14 @@ def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
     Call it before anything touches a device. Variables that the user has set stay.
 
     Args:
-        num_devices: CPU devices to emulate where there is no accelerator; None is 8.
+        num_devices: Size of the pool; None is 8. Where there is no accelerator, at
+            least 8 CPU devices are emulated, of which a smaller pool is the first.
         run_cache: Where a run on an accelerator keeps its compiled programs, for
             another process that goes on with it.
 
     Raises:
-        ConfigError: If this process has started JAX's devices already.
+        ConfigError: If this process has started JAX's devices already, or others may
+            write where programs are kept.
     """
     num_devices = num_devices or 8
     # Every emulated device needs a thread for collectives to meet.
@@ -163,15 +173,20 @@ def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
     logging.captureWarnings(True)
     import jax
 
+    from shardkit.program_cache import use_program_cache
+
     try:
-        jax.config.update("jax_num_cpu_devices", num_devices)
+        # Programs are kept for one number of visible devices, so that a run that goes
+        # on with a smaller pool finds them only if it sees as many.
+        jax.config.update("jax_num_cpu_devices", max(NUM_THREADS, num_devices))
     except RuntimeError as error:
         raise ConfigError(f"prepare_environment: came too late: {error}") from error
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         on_cpu = jax.default_backend() == "cpu"
         cache = shared / "shardkit" / "jax" if on_cpu else run_cache
-        jax.config.update("jax_compilation_cache_dir", str(cache.absolute()))
+        use_program_cache(cache)
+        return
     # A change of devices waits for compilation, so even the cheapest is kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -5,6 +5,7 @@ back. Invariant: the state, the data cursor and the step are one; whatever happe
 run stands where the state stands. When to do which of these is the trainer's business.
 """
 
+import collections
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -118,8 +119,17 @@ class Controller:
         self._num_here += 1
         if self._standby is not None and self._num_here == _SETTLED:
             num_pool = len(self.placements.pool)
-            counts = likely_counts(placement.num_devices, num_pool, self.scripted)
-            self._standby.expect(counts)
+            mesh_devices = placement.mesh.devices.flat
+            counts = likely_counts(
+                placement.num_devices,
+                num_pool,
+                scripted=self.scripted,
+                configured=self._standby.configured,
+                host_counts=collections.Counter(
+                    device.process_index for device in mesh_devices
+                ).values(),
+            )
+            self._standby.expect(counts, present=placement.num_devices)
         if is_first and placement.not_donated:
             names = ", ".join(placement.not_donated)
             message = f"not donated, so that they exist twice during a step: {names}"

@@ -25,6 +25,7 @@ from shardkit.membership import Change, Membership
 from shardkit.mesh import BATCH_AXES, MeshSpec, device_ids, mesh_sizes
 from shardkit.placement import Placement
 from shardkit.program import in_this_context
+from shardkit.program_report import ProgramReport
 from shardkit.recipe import Recipe
 from shardkit.resharding import move_state
 from shardkit.state import TrainState
@@ -101,6 +102,7 @@ class Placements:
         self.recipe, self.pool = recipe, list(pool)
         self._layout, self._spec = layout, spec
         self._batch, self._events, self._waiter = batch, events, waiter
+        self._eval_batch = None if eval_batch is batch else eval_batch
         params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
         self._outputs = recipe.output_structure(params, batch, eval_batch)
         self._certifies = certifies
@@ -122,8 +124,14 @@ class Placements:
         It may run in any thread, and returns the bytes of code that it added.
         """
         return in_this_context(
-            lambda: self._derive(num_devices).prepare(digests=self._certifies)
+            lambda: self._derive(num_devices).prepare(
+                digests=self._certifies, eval_batch=self._eval_batch
+            )
         )
+
+    def inspect(self, num_devices: int) -> dict[str, ProgramReport]:
+        """Reports the programs on `num_devices` devices; compiles if need be."""
+        return self.on(num_devices).inspect(eval_batch=self._eval_batch)
 
     def _derive(self, num_devices: int) -> Placement:
         mesh = self._spec.build(choose_devices(self.pool, num_devices))

@@ -7,7 +7,7 @@ microbatches, sum, update this device's pieces.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
 from shardkit.program import Program, in_this_context
+from shardkit.program_report import ProgramReport, report_program
 from shardkit.recipe import Recipe
 from shardkit.rounding import opaque_zero
 from shardkit.state import TrainState
@@ -118,27 +119,55 @@ class Placement:
         for leaf in jax.tree.leaves(self.layout):
             self._ready(*self._digester(leaf))
 
-    def prepare(self, *, digests: bool) -> int:
+    def prepare(self, *, digests: bool, eval_batch: Any = None) -> int:
         """Compiles all that a change to this placement needs, in this thread.
+
+        Args:
+            digests: Whether it needs digests.
+            eval_batch: What it may evaluate on, abstractly, or None.
 
         Returns:
             The bytes of code that this added, as far as they are known.
         """
-        if self.is_compiled:
-            return 0
+        added = []
+        for program, args in self._needed(digests, eval_batch):
+            if program.find(*args) is None:
+                added.append(program.compile(*args).memory_analysis())
         self.executable = self.programs["step"].compile(*self._step_args())
-        found = {id(self.executable): self.executable}
+        return sum(x.generated_code_size_in_bytes for x in added if x is not None)
+
+    def inspect(self, *, eval_batch: Any = None) -> dict[str, ProgramReport]:
+        """Reports the step and, with a batch, the evaluation; compiles if need be."""
+        return {
+            program.name: report_program(
+                program.name, self.num_devices, self._ready(program, *args)
+            )
+            for program, args in self._needed(False, eval_batch)
+        }
+
+    def _needed(
+        self, digests: bool, eval_batch: Any
+    ) -> Iterator[tuple[Program, tuple[Any, ...]]]:
+        """Yields programs with abstract arguments, the longest to compile first."""
+        yield self.programs["step"], self._step_args()
         if digests:
             for leaf in jax.tree.leaves(self.layout):
                 program, abstract = self._digester(leaf)
-                executable = program.compile(abstract)
-                found[id(executable)] = executable
-        sizes = [x.memory_analysis() for x in found.values()]
-        return sum(x.generated_code_size_in_bytes for x in sizes if x is not None)
+                yield program, (abstract,)
+        if eval_batch is not None:
+            yield self.programs["evaluate"], self._eval_args(eval_batch)
 
     def _step_args(self) -> tuple[Any, ...]:
         state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
         return state, self._slots, self.root
+
+    def _eval_args(self, batch: Any) -> tuple[Any, ...]:
+        layout = self.layout.params if self.layout.ema is None else self.layout.ema
+        params = jax.tree.map(lambda leaf: leaf.physical(self.mesh), layout)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
+        slots = jax.tree.map(self._abstract_slots, batch)
+        return params, slots, self.root, number, number
 
     def step(
         self, state: TrainState, batch: Any
@@ -168,15 +197,17 @@ class Placement:
         """Computes loss, weight and metric sums of one batch, without a gradient.
 
         Args:
-            params: On this mesh.
+            params: On this mesh; their moving average if there is one.
             batch: A global batch, in host memory.
             step: The step, and …
             index: … the number of the batch, for the keys of a loss that draws.
         """
         whole = NamedSharding(self.mesh, PartitionSpec())
         numbers = [put(np.int32(number), whole) for number in (step, index)]
-        slots = self.place_batch(batch)
-        return self._call(self.programs["evaluate"], params, slots, self.root, *numbers)
+        # As for digests: what a step returns need not be found as it is.
+        args = self._eval_args(jax.tree.map(np.asarray, batch))
+        executable = self._ready(self.programs["evaluate"], *args)
+        return executable(params, self.place_batch(batch), self.root, *numbers)
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""

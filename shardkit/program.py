@@ -23,6 +23,7 @@ from jaxlib.mlir import passmanager
 
 from shardkit.events import EventLog
 from shardkit.inexact import check_atomics
+from shardkit.program_cache import compile_and_keep
 
 __all__ = ["Program", "in_this_context", "remove_duplicates"]
 
@@ -82,6 +83,7 @@ class Program:
         events: Where `compile` phases are recorded.
 
     Attributes:
+        name: What events call it.
         counts: `"trace"` and `"compile"`: how often each was done.
 
     Example:
@@ -101,7 +103,7 @@ class Program:
         exact: bool = True,
         events: EventLog | None = None,
     ) -> None:
-        self._name = name
+        self.name = name
         self._exact = exact
         self._events = events or EventLog()
         self._lock = threading.Lock()
@@ -128,7 +130,7 @@ class Program:
         key = _placement_key(args)
         with self._lock:
             if key not in self._executables:
-                fields = {"program": self._name, "devices": _num_devices(args)}
+                fields = {"program": self.name, "devices": _num_devices(args)}
                 with self._events.phase("compile", **fields):
                     self._executables[key] = self._compile(args)
             return self._executables[key]
@@ -137,12 +139,12 @@ class Program:
         self.counts["compile"] += 1
         traced = self._jitted.trace(*args)
         if not self._exact:
-            return traced.lower().compile()
+            return compile_and_keep(traced.lower())
         platform = _platform(args)
         check_atomics(traced.jaxpr, platform)
         lowered = traced.lower()
         remove_duplicates(lowered)
-        return lowered.compile(compiler_options=_EXACT_OPTIONS.get(platform))
+        return compile_and_keep(lowered, _EXACT_OPTIONS.get(platform))
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program where its arguments are."""

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-__all__ = ["Standby", "likely_counts"]
+from shardkit.errors import ConfigError
+
+__all__ = ["Standby", "check_counts", "likely_counts"]
 
 _NICENESS = 10
 
@@ -28,7 +30,12 @@ class Derivable(Protocol):
 
 
 def likely_counts(
-    num_devices: int, num_pool: int, scripted: Iterable[int] = ()
+    num_devices: int,
+    num_pool: int,
+    *,
+    scripted: Iterable[int] = (),
+    configured: Iterable[int] = (),
+    host_counts: Iterable[int] = (),
 ) -> list[int]:
     """Guesses the device counts of the next change, the likeliest first.
 
@@ -36,25 +43,47 @@ def likely_counts(
         num_devices: How many there are.
         num_pool: How many there can be.
         scripted: What is known to come, in order.
+        configured: What somebody expects, in order.
+        host_counts: How many of the devices each host has.
 
     Returns:
         Counts from 1 to `num_pool`, each once, without the present one: what is
-        scripted; one and two fewer; the whole pool; one more; half.
+        scripted; what is configured; one and two fewer; one host fewer; the whole
+        pool; one more; half.
 
     Example:
         >>> likely_counts(6, 8, scripted=[3, 8])
         [3, 8, 5, 4, 7]
+        >>> likely_counts(16, 16, configured=[12], host_counts=[8, 8])
+        [12, 15, 14, 8]
     """
     guesses = [
         *scripted,
+        *configured,
         num_devices - 1,
         num_devices - 2,
+        # Hosts that have as many lose as many.
+        *sorted({num_devices - count for count in host_counts}, reverse=True),
         num_pool,
         num_devices + 1,
         num_devices // 2,
     ]
     found = dict.fromkeys(n for n in guesses if 1 <= n <= num_pool)
     return [n for n in found if n != num_devices]
+
+
+def check_counts(counts: Iterable[int], num_pool: int) -> None:
+    """Checks device counts that somebody expects.
+
+    Raises:
+        ConfigError: If the pool has no such number of devices; names all of them.
+    """
+    wrong = [n for n in counts if type(n) is not int or not 1 <= n <= num_pool]
+    if wrong:
+        raise ConfigError(
+            f"standby_counts: expected device counts from 1 to {num_pool} (the pool), "
+            f"found {', '.join(map(repr, wrong))}"
+        )
 
 
 class Standby:
@@ -64,6 +93,7 @@ class Standby:
         placements: What makes them.
         max_programs: How many it makes ready at most, over the whole run.
         max_bytes: How much code they may add; none is begun beyond.
+        configured: Device counts that somebody expects.
 
     Example:
         >>> class Counted:
@@ -84,23 +114,30 @@ class Standby:
         *,
         max_programs: int = 8,
         max_bytes: int = 1 << 30,
+        configured: Sequence[int] = (),
     ) -> None:
-        self._placements = placements
+        self._placements, self.configured = placements, tuple(configured)
         self._programs_left, self._bytes_left = max_programs, max_bytes
         self._changed = threading.Condition()
-        self._queue: list[tuple[int, Callable[[], int]]] = []
+        self._queue: list[tuple[int, bool, Callable[[], int]]] = []
         self._ready: set[int] = set()
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    def expect(self, counts: Sequence[int]) -> None:
-        """Replaces what is to be made ready; what is under way is finished."""
+    def expect(self, counts: Sequence[int], *, present: int | None = None) -> None:
+        """Replaces what is to be made ready; what is under way is finished.
+
+        Args:
+            counts: Device counts, the likeliest first.
+            present: Where the run is. What it has not compiled yet, but a change
+                needs, comes first, and counts as none of the `max_programs`.
+        """
         with self._changed:
             if self._is_closed:
                 return
             self._queue = [
-                (n, self._placements.preparing(n))
-                for n in counts
+                (n, n == present, self._placements.preparing(n))
+                for n in ([] if present is None else [present]) + list(counts)
                 if n not in self._ready
             ]
             if self._queue and self._thread is None:
@@ -130,16 +167,17 @@ class Standby:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._changed:
-                if not self._queue or self._programs_left < 1 or self._bytes_left < 1:
+                is_full = self._programs_left < 1 or self._bytes_left < 1
+                if not self._queue or (is_full and not self._queue[0][1]):
                     self._thread = None
                     self._changed.notify_all()
                     return
-                count, prepare = self._queue.pop(0)
+                count, is_present, prepare = self._queue.pop(0)
                 self._ready.add(count)
             num_bytes = 0
             # What fails here fails again, and is told, when it is asked for.
             with contextlib.suppress(Exception):
                 num_bytes = prepare()
             with self._changed:
-                self._programs_left -= 1
+                self._programs_left -= not is_present
                 self._bytes_left -= num_bytes

@@ -24,8 +24,9 @@ from shardkit.membership import Membership, scripted
 from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.prefetch import Prefetcher
+from shardkit.program_report import ProgramReport
 from shardkit.recipe import LossScale, Recipe
-from shardkit.standby import Standby
+from shardkit.standby import Standby, check_counts
 from shardkit.state import TrainState
 from shardkit.waits import GivenUp, Waiter
 
@@ -62,6 +63,8 @@ class Trainer:
         devices: The pool; None for all devices.
         standby: How many placements that may come next are compiled in the
             background, over the whole run; 0 for none.
+        standby_counts: Device counts of which to think first for that, after what a
+            script names.
         events: Where events are sent; None for a log of its own. Notices to which
             nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
@@ -108,6 +111,7 @@ class Trainer:
         strict: bool = False,
         devices: Sequence[Any] | None = None,
         standby: int = 0,
+        standby_counts: Sequence[int] = (),
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
@@ -141,6 +145,7 @@ class Trainer:
         for warning in warnings:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
+        check_counts(standby_counts, len(pool))
         first = data(0)
         check_batch(first, num_microbatches=num_microbatches, where="data(0)")
         like = _abstract(first)
@@ -173,7 +178,9 @@ class Trainer:
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
-            standby=Standby(placements, max_programs=standby) if standby else None,
+            standby=Standby(placements, max_programs=standby, configured=standby_counts)
+            if standby
+            else None,
         )
         self._eval_data = Prefetcher(eval.data) if eval else None
 
@@ -186,6 +193,22 @@ class Trainer:
     def compiles(self) -> dict[str, int]:
         """How often each program has been compiled."""
         return self._controller.placements.compiles()
+
+    def inspect(self, num_devices: int | None = None) -> dict[str, ProgramReport]:
+        """Reports what the programs of a device count cost, compiling if need be.
+
+        Args:
+            num_devices: How many; None for where the run is, or would begin.
+
+        Returns:
+            Work, memory and collectives of `"step"` and, where the trainer evaluates,
+            of `"evaluate"`; each prints as a table.
+
+        Raises:
+            MembershipError: If the pool has too few.
+        """
+        controller = self._controller
+        return controller.placements.inspect(num_devices or controller.num_devices)
 
     @property
     def saved_steps(self) -> list[int]:

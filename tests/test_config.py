@@ -223,6 +223,13 @@ def test_a_bad_schedule_is_refused(text, message):
         parse_resize(text, pool=8)
 
 
+def test_standby_counts_are_device_counts(write):
+    config = load(write(BASE + "standby_counts = [4, 2]\n"))
+    assert config.train.standby_counts == [4, 2]
+    with pytest.raises(ConfigError, match=r"at least 1, found \[4, 0\]"):
+        load(write(BASE), [override("train.standby_counts", "[4, 0]")])
+
+
 def test_where_and_how_far_a_run_goes_may_differ_on_resume(write):
     saved = load(write(BASE))
     free = [
@@ -231,6 +238,7 @@ def test_where_and_how_far_a_run_goes_may_differ_on_resume(write):
         override("resize", "3:2"),
         override("train.steps", "7"),
         override("train.log_every", "1"),
+        override("train.standby_counts", "[4, 2]"),
     ]
     assert differences(saved, load(write(BASE), free)) == {}
     assert not {o.key for o in free} & identity(saved).keys()

@@ -36,6 +36,12 @@ def start(name, *args):
     )
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def finish(*workers):
     """Waits for all of them; returns what each printed last."""
     try:
@@ -77,9 +83,7 @@ def test_processes_with_every_device_count_on_one_and_two_cores(problem, tmp_pat
 
 
 def test_two_processes_train_together(tmp_path, compile_cache):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     first, _ = finish(
         *[start("member", port, i, 2, tmp_path / "together") for i in range(2)]
     )

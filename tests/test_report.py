@@ -22,7 +22,7 @@ from shardkit.report import (
     read_records,
 )
 from shardkit.report.jsonl import write_atomically
-from shardkit.report.summary import versions
+from shardkit.report.summary import summarize, summary_rows, versions
 
 
 def scalars(path):
@@ -209,9 +209,23 @@ def test_the_summary_says_what_was_promised(tmp_path, terminal):
     assert summary["eval_loss"] == 2.25
     assert summary["state_digest"] == "aa"
     assert summary["num_reconfigurations"] == 1
+    assert summary["standby_hit_rate"] == 0
     assert summary["corpus_digest"] is None
     assert summary["versions"].keys() >= {"python", "jax", "jaxlib", "flax", "optax"}
     assert open_run(tmp_path / "run", resume=True).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("ready", "rate", "shown"),
+    [([], None, None), ([True, False, True, True], 0.75, "75%")],
+)
+def test_the_summary_says_how_often_standby_was_right(ready, rate, shown):
+    records = [{"event": "reconfigure", **CHANGE, "was_ready": r} for r in ready]
+    summary = summarize(
+        records, steps=0, eval_loss=None, state_digest="aa", corpus_digest=None
+    )
+    assert summary["standby_hit_rate"] == rate
+    assert summary_rows(summary).get("of these prepared") == shown
 
 
 def test_versions_are_known_without_an_installation(monkeypatch):
@@ -288,6 +302,7 @@ def test_extras_come_with_a_run(tmp_path, terminal, out):
         "reconfigure/move_ms": (5, pytest.approx(240)),
         "reconfigure/total_ms": (5, pytest.approx(750, abs=100)),
         "reconfigure/bytes_moved": (5, 3 * 2**20),
+        "reconfigure/was_ready": (5, 0.0),
         "reconfigure/first_step_ms": (5, pytest.approx(500, abs=100)),
     }
 

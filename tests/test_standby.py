@@ -1,9 +1,10 @@
 """Programs that are ready before the change that needs them."""
 
+import logging
 import threading
 
 import pytest
-from problems import consume, fields_of, mean_loss
+from problems import consume, fields_of, linear_data, mean_loss
 
 import shardkit as sk
 from shardkit.standby import Standby, likely_counts
@@ -39,6 +40,11 @@ def test_the_likeliest_come_first_and_none_twice():
     assert likely_counts(1, 8) == [8, 2]
     assert likely_counts(1, 1) == []
     assert likely_counts(2, 2, scripted=[9, 0]) == [1]
+    assert likely_counts(8, 8, scripted=[3], configured=[5, 3, 8]) == [3, 5, 7, 6, 4]
+    # One host fewer: of one host nothing would be left, of uneven ones either may go.
+    assert likely_counts(8, 16, host_counts=[8]) == [7, 6, 16, 9, 4]
+    assert likely_counts(12, 16, host_counts=[4, 4, 4]) == [11, 10, 8, 16, 13, 6]
+    assert likely_counts(8, 8, host_counts=[3, 5]) == [7, 6, 5, 3, 4]
 
 
 def test_what_is_expected_is_prepared_once_and_elsewhere():
@@ -79,6 +85,36 @@ def test_its_memory_is_bounded(limits):
     assert placements.seen == [5, 3]
 
 
+def test_where_the_run_is_comes_first_and_is_not_counted():
+    placements = Slow()
+    standby = Standby(placements, max_programs=1)
+    standby.expect([5, 3], present=8)
+    for _ in range(2):
+        placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [8, 5]
+    standby.expect([3], present=6)
+    placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [8, 5, 6]
+
+
+def test_configured_counts_are_prepared_before_guesses(make):
+    trainer, _ = make(standby=2, standby_counts=[3], certify="off")
+    for metrics in trainer.run(6, sk.scripted({9: 5})):
+        if metrics.step == 4:
+            assert trainer._controller._standby.wait(TIMEOUT_S)
+    known = trainer._controller.placements._known.values()
+    ready = [placement.num_devices for placement in known if placement.is_compiled]
+    assert ready == [8, 5, 3]
+
+
+@pytest.mark.parametrize("counts", [[9], [4, 0], [2.0], [True]])
+def test_counts_that_the_pool_has_not_are_refused(make, counts):
+    with pytest.raises(sk.ConfigError, match=r"standby_counts: expected .* 1 to 8"):
+        make(standby_counts=counts)
+
+
 def test_after_closing_nothing_is_begun():
     placements = Slow()
     standby = Standby(placements)
@@ -91,29 +127,59 @@ def test_after_closing_nothing_is_begun():
     assert placements.seen == [5]
 
 
-@pytest.mark.parametrize("certify", ["always", "off"])
-def test_a_change_to_a_waiting_program_compiles_nothing(make, certify):
-    trainer, events = make(standby=8, certify=certify)
-    script = {6: 5, 10: 8, 11: 3}
-    seen, threads = [], set()
+class Compiled(logging.Handler):
+    """Notes what JAX compiles or loads outside of the standby thread."""
 
-    def note(event):
-        # Listeners are called where it happens.
-        if event.name == "compile":
-            threads.add(threading.current_thread().name)
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.seen = []
+
+    def emit(self, record):
+        if (
+            record.threadName != "shardkit-standby"
+            and "XLA compilation of" in record.getMessage()
+        ):
+            self.seen.append(record.getMessage())
+
+
+@pytest.fixture
+def compiled():
+    """All that is compiled, also what is no `Program`, from `clear` on."""
+    handler, logger = Compiled(), logging.getLogger("jax._src.dispatch")
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield handler.seen
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+@pytest.mark.parametrize("certify", ["always", "off"])
+def test_a_change_to_a_waiting_program_compiles_nothing(make, certify, compiled):
+    # Moves, first steps, digests and evaluations, of the average of the parameters.
+    trainer, events = make(
+        standby=8,
+        certify=certify,
+        ema=0.9,
+        eval=sk.EvalConfig(data=linear_data, every=2),
+    )
+    script = {6: 5, 10: 8, 11: 3}
+    seen = []
 
     for metrics in trainer.run(steps=14, membership=sk.scripted(script)):
         seen.append(metrics.step)
         if metrics.step == 4:
             assert trainer._controller._standby.wait(TIMEOUT_S)
             # 8; scripted 5 and 3; 7, 6 and 4
-            assert trainer.compiles["step"] == 6
-            trainer.events.subscribe(note)
+            assert trainer.compiles["step"] == trainer.compiles["evaluate"] == 6
+            assert compiled
+            compiled.clear()
     assert seen == list(range(14))
     changes = fields_of(events, "reconfigure")
     assert [change["was_ready"] for change in changes] == [True, True, True]
-    assert threads <= {"shardkit-standby"}
-    twin, _ = make()
+    assert len(fields_of(events, "eval")) == 7
+    assert not compiled
+    twin, _ = make(ema=0.9)
     assert trainer.state_digest() == run_digest(twin, 14)["state"]
 
 

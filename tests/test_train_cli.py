@@ -104,6 +104,15 @@ def resized(train):
     return "resized", said
 
 
+def test_inspecting_says_what_a_step_costs_and_leaves_nothing(train):
+    before = set(train.path.iterdir())
+    said = train("--inspect", "--devices", "5")
+    assert "step on 5 devices, per device and execution\n" in said
+    assert "evaluate on 5 devices" in said
+    assert " x all-gather " in said
+    assert set(train.path.iterdir()) == before
+
+
 def test_a_resize_leaves_no_trace(train, plain, resized):
     out, _ = resized
     assert [line["step"] for line in train.steps(out)] == list(range(STEPS))

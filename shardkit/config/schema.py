@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "train.steps",
     "train.log_every",
     "train.standby",
+    "train.standby_counts",
 )
 """Keys that say where a run is evaluated, how far and how it is shown."""
 
@@ -197,6 +198,8 @@ class TrainSection:
     """Global batches per evaluation; 0 never evaluates."""
     standby: int = 4
     """How many placements that may come next are compiled in the background."""
+    standby_counts: list[int] = field(default_factory=list)
+    """Device counts of which to think first for that, after those of `resize`."""
     log_every: int | None = None
     """Steps between lines where there is no terminal; None is a tenth of the run."""
 
@@ -204,6 +207,11 @@ class TrainSection:
         _at_least(self, 1, "steps", "log_every")
         _at_least(self, 0, "seed", "eval_every", "eval_batches", "standby")
         _fraction(self, "ema")
+        if min(self.standby_counts, default=1) < 1:
+            raise ConfigError(
+                "standby_counts: expected device counts of at least 1, found "
+                f"{self.standby_counts}"
+            )
         if self.loss_scale is not None and self.loss_scale <= 0:
             raise ConfigError(
                 f"loss_scale: expected more than 0, found {self.loss_scale}"

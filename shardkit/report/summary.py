@@ -49,13 +49,16 @@ def summarize(
         corpus_digest: Digest of the corpus; None if it has none.
     """
     trained = [r for r in records if "event" not in r]
+    changes = [r for r in records if r.get("event") == "reconfigure"]
+    num_ready = sum(bool(r.get("was_ready")) for r in changes)
     return {
         "steps": steps,
         "final_loss": trained[-1]["loss"] if trained else None,
         "final_loss_bits": trained[-1]["loss_bits"] if trained else None,
         "eval_loss": eval_loss,
         "state_digest": state_digest,
-        "num_reconfigurations": sum(r.get("event") == "reconfigure" for r in records),
+        "num_reconfigurations": len(changes),
+        "standby_hit_rate": num_ready / len(changes) if changes else None,
         "corpus_digest": corpus_digest,
         "versions": versions(),
     }
@@ -63,12 +66,13 @@ def summarize(
 
 def summary_rows(summary: Mapping[str, Any]) -> dict[str, str]:
     """Returns what the closing table shows of a summary, whose digests are whole."""
-    corpus = summary["corpus_digest"]
+    corpus, rate = summary["corpus_digest"], summary.get("standby_hit_rate")
     rows = {
         "steps": str(summary["steps"]),
         "final loss": _loss(summary["final_loss"]),
         "validation loss": _loss(summary["eval_loss"]),
         "changes of devices": str(summary["num_reconfigurations"]),
+        "of these prepared": None if rate is None else f"{rate:.0%}",
         "state digest": summary["state_digest"],
         "corpus digest": corpus and _short(corpus),
     }

@@ -53,6 +53,7 @@ class TensorBoard:
         times = {**phase_ms(fields["phases"]), "total": 1e3 * spent_s}
         scalars = {f"reconfigure/{name}_ms": ms for name, ms in times.items()}
         scalars["reconfigure/bytes_moved"] = fields["bytes_moved"]
+        scalars["reconfigure/was_ready"] = float(fields["was_ready"])
         self._write(scalars, fields["step"])
 
     def first_step(self, step: int, spent_s: float) -> None:
