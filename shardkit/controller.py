@@ -20,6 +20,7 @@ from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError
 from shardkit.events import EventLog
 from shardkit.membership import Change
 from shardkit.mesh import device_ids
+from shardkit.overlap import Overlap
 from shardkit.placement import Placement
 from shardkit.prefetch import Prefetcher
 from shardkit.standby import Standby, likely_counts
@@ -73,6 +74,7 @@ class Controller:
         self._checkpoints, self._manifest = checkpoints, dict(manifest)
         self._certifies, self._stop_on_failure = certify, stop_on_failure
         self._standby, self.scripted = standby, list[int]()
+        self._overlap = Overlap(self._preparing, events)
         self._num_here = 0
         self._record: dict[str, Any] | None = None
         self._own_steps: set[int] = set()
@@ -83,6 +85,11 @@ class Controller:
     def num_devices(self) -> int:
         """On how many devices the run is, or would begin."""
         return self.live[0].num_devices if self.live else len(self.placements.pool)
+
+    @property
+    def num_asked(self) -> int:
+        """On how many it will be when the change that was announced is made."""
+        return self._overlap.num_asked or self.num_devices
 
     @property
     def saved_steps(self) -> list[int]:
@@ -99,13 +106,43 @@ class Controller:
                 )
             if self._record is None:
                 self._check_unused()
-            placement = self.placements.on(num_devices or self.num_devices)
-            if self._record is None:
-                state = placement.init()
-            else:
-                state = self._saved().load(self._record, placement)
-            self.live = placement, state
+            self.placements.present = None
+            self._begin(self.placements.on(num_devices or self.num_devices))
+        assert self.live is not None
+        self.placements.present = self.live[0]
         return self.live
+
+    def _begin(self, placement: Placement) -> None:
+        if self._record is None:
+            self.live = placement, placement.init()
+        else:
+            self.live = placement, self._saved().load(self._record, placement)
+
+    def next_change(self, change: Change) -> Change:
+        """Returns the change to make now; one with notice waits for its program.
+
+        Args:
+            change: What has just been asked for, if anything.
+        """
+        # Several processes would be ready at different steps.
+        can_wait = self.live is not None and jax.process_count() == 1
+        if can_wait:
+            placement, _ = self.start()
+            # Where nothing has run yet, one program is compiled and not two.
+            can_wait = placement.is_compiled
+        now = {"step": self.step, "num_devices": self.num_devices}
+        return self._overlap.next(change, can_wait=can_wait, **now)
+
+    def _preparing(self, num_devices: int) -> Callable[[], Any] | None:
+        if self.placements.on(num_devices).is_compiled:
+            return None
+        if self._standby is not None:
+            # What is asked for comes first, and if it is taken back, guesses again.
+            self._standby.expect([])
+            self._num_here = 0
+        # A certificate digests on both placements.
+        needed = [self.placements.preparing(n) for n in (num_devices, self.num_devices)]
+        return lambda: [prepare() for prepare in needed]
 
     def advance(self) -> dict[str, Array]:
         """Runs one step where the state is, and returns its metrics."""
@@ -116,7 +153,8 @@ class Controller:
         state, metrics = placement.step(state, self._batch())
         # State and step move together, before anybody sees either.
         self.live, self.step = (placement, state), self.step + 1
-        self._num_here += 1
+        if self._overlap.num_asked is None:
+            self._num_here += 1
         if self._standby is not None and self._num_here == _SETTLED:
             num_pool = len(self.placements.pool)
             mesh_devices = placement.mesh.devices.flat
@@ -141,7 +179,8 @@ class Controller:
         start_s = time.monotonic()
         old, before = self.start()
         new = self.placements.on(num_devices)
-        transition = Transition(old, new, start_s)
+        plain_bytes = self.placements.plain_bytes(old, new)
+        transition = Transition(old, new, start_s, plain_bytes=plain_bytes)
         self._num_here = 0
         counts = {"from_devices": old.num_devices, "to_devices": new.num_devices}
         self.events.emit("reconfiguring", step=self.step, **counts)
@@ -155,10 +194,12 @@ class Controller:
                 for placement in (old, new):
                     placement.compile()
                     placement.compile_digests()
+            # Nothing is used up yet, and the batch may be on its way meanwhile.
+            after = transition.move(before, keep_source=True)
             with transition.phase("batch"):
                 batch = self._batch()
             with self.waiter.ignoring():
-                return self._certify(before, batch, transition)
+                return self._certify(before, after, batch, transition)
         else:
             self._compile(new, transition)
             self._move(before, transition)
@@ -187,11 +228,10 @@ class Controller:
         return self._certifies == "always"
 
     def _certify(
-        self, before: TrainState, batch: Any, transition: Transition
+        self, before: TrainState, after: TrainState, batch: Any, transition: Transition
     ) -> dict[str, Array]:
         """Computes a step on both placements, and goes on with the new one."""
         old, new, step = transition.old, transition.new, self.step
-        after = transition.move(before, keep_source=True)
         with transition.phase("old_step"):
             stayed, expected = old.step(before, batch)
             # Whatever happens to the other, this state is whole.
@@ -233,7 +273,7 @@ class Controller:
         # Nothing is live until it is read, so that nothing half-read can be saved.
         self.restore(None)
         with transition.phase("restore"):
-            self.start(new.num_devices)
+            self._begin(new)
         self.events.emit("rewind", step=self.step, repeats=at - self.step)
         message = f"lost shards: step {self.step} restored, {at - self.step} to repeat"
         self.events.emit("notice", message=message)
@@ -296,6 +336,7 @@ class Controller:
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
         self._prefetcher.close()
+        self._overlap.close()
         if self._standby is not None:
             self._standby.close()
         if self._checkpoints is not None:

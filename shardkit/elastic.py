@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from shardkit.errors import (
     CertificateError,
@@ -23,6 +24,7 @@ from shardkit.errors import (
 from shardkit.events import EventLog, Phase
 from shardkit.membership import Change, Membership
 from shardkit.mesh import BATCH_AXES, MeshSpec, device_ids, mesh_sizes
+from shardkit.mesh_order import MeshOrder
 from shardkit.placement import Placement
 from shardkit.program import in_this_context
 from shardkit.program_report import ProgramReport
@@ -72,6 +74,8 @@ class Placements:
     Attributes:
         recipe: What is computed.
         pool: All devices there are.
+        present: Where the state is, after which others order their devices; None
+            while it is nowhere.
 
     Raises:
         MeshError: If the mesh cannot be built even on the whole pool.
@@ -100,6 +104,7 @@ class Placements:
                 f"axes must be 1, found {unused}"
             )
         self.recipe, self.pool = recipe, list(pool)
+        self.present: Placement | None = None
         self._layout, self._spec = layout, spec
         self._batch, self._events, self._waiter = batch, events, waiter
         self._eval_batch = None if eval_batch is batch else eval_batch
@@ -107,47 +112,95 @@ class Placements:
         self._outputs = recipe.output_structure(params, batch, eval_batch)
         self._certifies = certifies
         self._known: dict[Any, Placement] = {}
+        self._under_way: list[Placement] = []
+        self._mesh_order = MeshOrder(layout)
         self._told: set[int] = set()
         self._lock = threading.Lock()
 
     def on(self, num_devices: int) -> Placement:
-        """Returns the placement on `num_devices` devices of the pool."""
+        """Returns the placement on `num_devices` devices of the pool.
+
+        An executable serves one order of its devices only, and compiling takes longer
+        than moving. So among the orders whose program is ready, or else is being made,
+        it is the one to which least has to be moved; where there is none, the best of
+        all orders. Without a present placement, and over several processes, which must
+        agree whatever each has compiled, it is the order of the pool.
+        """
         if num_devices not in self._told:
             self._told.add(num_devices)
             for note in self._spec.decisions(num_devices):
                 self._events.emit("notice", message=f"mesh: {note}")
-        return self._derive(num_devices)
+        with self._lock:
+            return self._choose(num_devices, self.present)
 
     def preparing(self, num_devices: int) -> Callable[[], int]:
-        """Returns what compiles all that a change to `num_devices` needs.
+        """Returns what compiles all that a change to `num_devices` needs from here.
 
         It may run in any thread, and returns the bytes of code that it added.
         """
-        return in_this_context(
-            lambda: self._derive(num_devices).prepare(
-                digests=self._certifies, eval_batch=self._eval_batch
-            )
-        )
+        present = self.present
+
+        def prepare() -> int:
+            with self._lock:
+                placement = self._choose(num_devices, present)
+                self._under_way.append(placement)
+            try:
+                return placement.prepare(
+                    digests=self._certifies, eval_batch=self._eval_batch
+                )
+            finally:
+                with self._lock:
+                    self._under_way.remove(placement)
+
+        return in_this_context(prepare)
 
     def inspect(self, num_devices: int) -> dict[str, ProgramReport]:
         """Reports the programs on `num_devices` devices; compiles if need be."""
         return self.on(num_devices).inspect(eval_batch=self._eval_batch)
 
-    def _derive(self, num_devices: int) -> Placement:
-        mesh = self._spec.build(choose_devices(self.pool, num_devices))
+    def plain_bytes(self, old: Placement, new: Placement) -> int | None:
+        """What a change would move if `new` had the pool's order; None if it has."""
+        plain = self._plain_mesh(new.num_devices)
+        if device_ids(plain) == device_ids(new.mesh):
+            return None
+        return self._mesh_order.num_bytes(old.mesh, plain)
+
+    def _plain_mesh(self, num_devices: int) -> Mesh:
+        return self._spec.build(choose_devices(self.pool, num_devices))
+
+    def _choose(self, num_devices: int, present: Placement | None) -> Placement:
+        plain = self._plain_mesh(num_devices)
+        if jax.process_count() > 1:
+            return self._derive(plain)
+        ids = set(device_ids(plain))
+        known = [p for p in self._known.values() if set(device_ids(p.mesh)) == ids]
+        ready = [p for p in known if p.is_compiled]
+        ready = ready or [p for p in known if p in self._under_way]
+        if present is None:
+            # Nothing is moved: any that is ready will do, and first the plain one.
+            ready.sort(key=lambda p: device_ids(p.mesh) != device_ids(plain))
+            return ready[0] if ready else self._derive(plain)
+        if present in ready:
+            return present
+        if ready:
+            source = present.mesh
+            return min(ready, key=lambda p: self._mesh_order.num_bytes(source, p.mesh))
+        devices = self._mesh_order.devices(present.mesh, plain)
+        return self._derive(self._spec.build(devices))
+
+    def _derive(self, mesh: Mesh) -> Placement:
         key = (device_ids(mesh), tuple(mesh.shape.items()))
-        with self._lock:
-            if key not in self._known:
-                self._known[key] = Placement(
-                    self.recipe,
-                    self._layout,
-                    mesh,
-                    self._batch,
-                    self._outputs,
-                    self._events,
-                    self._waiter,
-                )
-            return self._known[key]
+        if key not in self._known:
+            self._known[key] = Placement(
+                self.recipe,
+                self._layout,
+                mesh,
+                self._batch,
+                self._outputs,
+                self._events,
+                self._waiter,
+            )
+        return self._known[key]
 
     def compiles(self) -> dict[str, int]:
         """How often each program was compiled, over all placements."""
@@ -201,6 +254,8 @@ class Transition:
         new: Where it goes.
         start_s: When it began, before `new` was derived, in seconds of
             `time.monotonic`.
+        plain_bytes: What moving takes in the plain order of the new devices; None if
+            that is the order they have.
 
     Attributes:
         start_s: The same.
@@ -208,11 +263,19 @@ class Transition:
         was_ready: Whether the program was compiled when the change came.
     """
 
-    def __init__(self, old: Placement, new: Placement, start_s: float) -> None:
+    def __init__(
+        self,
+        old: Placement,
+        new: Placement,
+        start_s: float,
+        *,
+        plain_bytes: int | None = None,
+    ) -> None:
         self.old, self.new, self.start_s = old, new, start_s
         self.phases: list[Phase] = []
         self._record("derive", start_s, time.monotonic())
-        self.bytes_moved = 0
+        self.bytes_moved = self.plain_bytes_moved = 0
+        self._plain_bytes = plain_bytes
         self.was_ready = new.is_compiled
 
     @contextlib.contextmanager
@@ -261,7 +324,9 @@ class Transition:
         planned_s = start_s + moved.plan_s
         self._record("plan", start_s, planned_s)
         self._record("move", planned_s, time.monotonic(), moved.bytes_moved)
-        self.bytes_moved = moved.bytes_moved
+        self.bytes_moved = self.plain_bytes_moved = moved.bytes_moved
+        if self._plain_bytes is not None:
+            self.plain_bytes_moved = self._plain_bytes
         return moved.tree
 
     def report(self, step: int, certified: bool | None) -> dict[str, Any]:
@@ -273,6 +338,7 @@ class Transition:
             "from_mesh": mesh_sizes(self.old.mesh),
             "to_mesh": mesh_sizes(self.new.mesh),
             "bytes_moved": self.bytes_moved,
+            "plain_bytes_moved": self.plain_bytes_moved,
             "phases": [phase.record() for phase in self.phases],
             "was_ready": self.was_ready,
             "certified": certified,

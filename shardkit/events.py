@@ -77,10 +77,12 @@ class EventLog:
 
     - `"notice"`: `message`. Without a listener it is logged as a warning.
     - `"compile"`: `program` and `devices`, how many it is for; maybe in another thread.
+    - `"announced"`: `step`, `from_devices`, `to_devices`. A change that waits for its
+      program, or one that is taken back, `to_devices` being what there is.
     - `"reconfiguring"` and `"reconfigure"`, which lasts as long as the change: `step`,
       `from_devices`, `to_devices`, and afterwards `from_mesh`, `to_mesh`,
-      `bytes_moved`, `phases` (each as `Phase.record` gives it), `was_ready`,
-      `certified`.
+      `bytes_moved`, `plain_bytes_moved` (what the pool's order of devices would have
+      taken), `phases` (each as `Phase.record` gives it), `was_ready`, `certified`.
     - `"first_step"`: `step`. The first step after a change that did none itself, from
       its dispatch until its results are there.
     - `"eval"`: `step`, `loss`, the metrics. `"checkpoint"`: `step`.

@@ -7,6 +7,7 @@ handlers stand only while a run goes on, and only if `signals()` was asked for.
 
 import dataclasses
 import json
+import math
 import signal
 import stat
 from collections.abc import Callable, Mapping
@@ -45,11 +46,14 @@ class Change:
         num_devices: How many devices of the pool to go on with; None for as many.
         lost: Whether the state on the devices that go is gone with them.
         leave: Save and stop.
+        grace_s: For how many seconds the run may go on with the devices it has while
+            the next program is made; lost devices give no time.
     """
 
     num_devices: int | None = None
     lost: bool = False
     leave: bool = False
+    grace_s: float = 0.0
 
 
 class Membership(Protocol):
@@ -65,7 +69,13 @@ class Membership(Protocol):
         ...
 
     def poll(self, step: int, num_devices: int) -> Change | None:
-        """Returns what is asked for before `step` on `num_devices`, if anything."""
+        """Returns what is asked for before `step`, if anything.
+
+        Args:
+            step: The next step.
+            num_devices: How many devices there are, or will be when the change that
+                was announced last is made.
+        """
         ...
 
     def leaving(self) -> bool:
@@ -148,7 +158,8 @@ class _Scripted(_Silent):
 class _Signals(_Silent):
     """SIGUSR1: one device fewer. SIGUSR2: one more. SIGTERM: save and leave."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
         self._delta = 0
         self._leave = False
 
@@ -175,12 +186,14 @@ class _Signals(_Silent):
         if self._leave:
             return Change(leave=True)
         delta, self._delta = self._delta, 0
-        return Change(num_devices + delta) if delta else None
+        if not delta:
+            return None
+        return Change(num_devices + delta, grace_s=self._grace_s)
 
 
 class _WatchedFile(_Silent):
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | Path, grace_s: float) -> None:
+        self._path, self._grace_s = Path(path), grace_s
         self._seen: tuple[int, int] | None = None
         self._told: str | None = None
 
@@ -218,17 +231,19 @@ class _WatchedFile(_Silent):
         try:
             request = json.loads(text)
             count, lost = request["num_devices"], request.get("lost", False)
-            known = not set(request) - {"num_devices", "lost"}
+            grace_s = request.get("grace_s", self._grace_s)
+            known = not set(request) - {"num_devices", "lost", "grace_s"}
             if not (known and type(count) is int and type(lost) is bool):
                 raise ValueError
+            _check_grace(grace_s)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise MembershipError(
                 f'{self._path}: expected {{"num_devices": N}}, or with "lost": true '
-                f"too, found {text[:80]!r}. "
+                f'or "grace_s": SECONDS too, found {text[:80]!r}. '
                 "Write the file elsewhere and move it here, so that it is never seen "
                 "half-written."
             ) from None
-        return Change(count, lost=lost)
+        return Change(count, lost=lost, grace_s=0.0 if lost else grace_s)
 
 
 class _Combined:
@@ -284,26 +299,50 @@ def scripted(script: Mapping[int, int | Lost]) -> Membership:
 
     Example:
         >>> scripted({20: 6, 40: Lost(3)}).poll(40, 6)
-        Change(num_devices=3, lost=True, leave=False)
+        Change(num_devices=3, lost=True, leave=False, grace_s=0.0)
     """
     return _Scripted(script)
 
 
-def signals() -> Membership:
+def signals(*, grace_s: float = 30.0) -> Membership:
     """Listens to SIGUSR1 (one fewer), SIGUSR2 (one more), SIGTERM (save and leave).
 
     The handlers stand while `Trainer.run` goes on. Only a main thread can have them.
+
+    Args:
+        grace_s: For how long steps go on as they are, at most, while the program for
+            the next device count is compiled beside them; 0 makes them wait for it.
+
+    Raises:
+        MembershipError: If `grace_s` is not a time.
     """
-    return _Signals()
+    _check_grace(grace_s)
+    return _Signals(grace_s)
 
 
-def watch_file(path: str | Path) -> Membership:
+def watch_file(path: str | Path, *, grace_s: float = 30.0) -> Membership:
     """Follows a JSON file: `{"num_devices": 6}`, or with `"lost": true`.
 
     A file that is not there asks for nothing. What cannot be read or understood is
     told once, as a notice, and the run goes on.
+
+    Args:
+        path: The file.
+        grace_s: As for `signals`; `"grace_s"` in the file comes first.
+
+    Raises:
+        MembershipError: If `grace_s` is not a time.
     """
-    return _WatchedFile(path)
+    _check_grace(grace_s)
+    return _WatchedFile(path, grace_s)
+
+
+def _check_grace(grace_s: Any) -> None:
+    is_number = isinstance(grace_s, int | float) and not isinstance(grace_s, bool)
+    if not (is_number and 0 <= grace_s < math.inf):
+        raise MembershipError(
+            f"grace_s: expected a number of seconds from 0 on, found {grace_s!r}"
+        )
 
 
 def combine(*sources: Membership) -> Membership:
@@ -311,6 +350,6 @@ def combine(*sources: Membership) -> Membership:
 
     Example:
         >>> combine(scripted({0: 4}), scripted({})).poll(0, 8)
-        Change(num_devices=4, lost=False, leave=False)
+        Change(num_devices=4, lost=False, leave=False, grace_s=0.0)
     """
     return _Combined(sources)

@@ -229,6 +229,10 @@ class Trainer:
         A step is yielded when the next one is under way, so that nothing waits for
         its loss. Leaving the loop early therefore leaves the state a step further on.
 
+        A change that is asked for with notice (by a signal, or in a file) is made at
+        the first step for which its program is ready, or when its grace is over; steps
+        go on as before until then, while the program is compiled in a thread.
+
         Args:
             steps: The absolute end, not a number of further steps.
             membership: Who asks for device changes.
@@ -285,10 +289,11 @@ class Trainer:
         controller = self._controller
         pool = controller.placements.pool
         while controller.step < steps:
-            count = controller.num_devices
-            change = ask(membership, controller.step, count, pool, self.events)
+            asked, count = controller.num_asked, controller.num_devices
+            change = ask(membership, controller.step, asked, pool, self.events)
             if change.leave:
                 raise GivenUp
+            change = controller.next_change(change)
             wanted = change.num_devices or count
             moves = controller.live is not None and wanted != count
             if moves:

@@ -22,6 +22,7 @@ CHANGE = {
     "from_mesh": {"data": 2, "fsdp": 4},
     "to_mesh": {"fsdp": 3},
     "bytes_moved": 3 * 2**20,
+    "plain_bytes_moved": 5 * 2**20,
     "phases": [
         {"name": "plan", "start_s": 0.0, "end_s": 0.01, "bytes": 0},
         {"name": "move", "start_s": 0.01, "end_s": 0.25, "bytes": 3 * 2**20},

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from problems import PROBLEMS
 
 import shardkit as sk
+from shardkit.mesh import device_ids
 from shardkit.testing import assert_same_bits, run_digest
 
 STEPS = 6
@@ -78,6 +79,25 @@ def test_random_schedules_and_meshes(script, spec, begin, uninterrupted):
     # A small problem, since nearly every mesh there is has to be compiled.
     found = run_digest(begin("linear-clip-adam-ema", spec), STEPS, script)
     assert found == uninterrupted("linear-clip-adam-ema", STEPS)
+
+
+@settings(
+    max_examples=5,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    pool=st.permutations(range(8)),
+    counts=st.lists(st.integers(2, 8), min_size=2, max_size=2),
+)
+def test_random_orders_of_devices(pool, counts, uninterrupted):
+    problem = "linear-clip-adam-ema"
+    devices = [jax.devices()[i] for i in pool]
+    trainer = sk.Trainer(**PROBLEMS[problem](), devices=devices, certify="off")
+    found = run_digest(trainer, STEPS, {2: counts[0], 4: counts[1]})
+    assert found == uninterrupted(problem, STEPS)
+    trainer.close()
 
 
 @pytest.mark.slow
@@ -166,10 +186,14 @@ def test_evaluation_is_the_same_on_every_mesh(begin):
 
 def test_fast_is_exact_but_for_rounding(begin, compile_cache):
     exact = [m.loss for m in begin("digits-adamw-ema").run(steps=10)]
-    for count in (8, 3):
+    # From 4 to 8 devices the order of the pool is not kept.
+    for script in ({0: 8}, {0: 3}, {0: 4, 5: 8}):
         trainer = sk.Trainer(**PROBLEMS["digits-adamw-ema"](), consistency="fast")
-        script = sk.scripted({0: count})
-        fast = [m.loss for m in trainer.run(steps=10, membership=script)]
+        membership = sk.scripted(script)
+        fast = [m.loss for m in trainer.run(steps=10, membership=membership)]
         # With another mask or batch the losses would differ in the second digit.
         np.testing.assert_allclose(fast, exact, rtol=0, atol=1e-4)
+        placement, _ = trainer._controller.start()
+        ids = list(device_ids(placement.mesh))
+        assert (ids == sorted(ids)) == (len(script) == 1)
         trainer.close()

@@ -19,12 +19,13 @@ TIERS = [
     "errors events version waits hlo",
     "tree mesh keys membership nn model places shards rounding jaxprs corpus batch "
     "prefetch standby program_cache program_report",
-    "logical_axes microbatch data layout exact_sum collectives inexact local_rules",
+    "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
+    "overlap",
     "digest state localize program gradient senders",
     "cells",
     "routes shares",
     "listing totals router device_order",
-    "transfer",
+    "transfer mesh_order",
     "kinds",
     "device_copies host_copies",
     "carry",

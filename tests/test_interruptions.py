@@ -378,7 +378,7 @@ def test_sigusr_takes_and_gives_a_device(make):
     trainer, _ = make(certify="off")
     counts = []
     sent = {1: signal.SIGUSR1, 4: signal.SIGUSR2}
-    for metrics in trainer.run(steps=9, membership=sk.signals()):
+    for metrics in trainer.run(steps=9, membership=sk.signals(grace_s=0)):
         counts.append(metrics.num_devices)
         if number := sent.get(metrics.step):
             os.kill(os.getpid(), number)

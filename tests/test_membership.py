@@ -10,14 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardkit.errors import MembershipError
-from shardkit.membership import (
-    Change,
-    Lost,
-    combine,
-    scripted,
-    signals,
-    watch_file,
-)
+from shardkit.membership import Change, Lost, combine, scripted, signals, watch_file
 
 NUMBERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
@@ -31,6 +24,10 @@ def play(source, steps, num_devices):
         num_devices = change.num_devices or num_devices
         history.append((num_devices, moves and change.lost))
     return history
+
+
+def noticed(num_devices):
+    return Change(num_devices, grace_s=30.0)
 
 
 def test_a_script_holds_from_each_step_on():
@@ -95,13 +92,37 @@ def test_a_file_asks_once_per_writing(tmp_path):
     source.check(8)
     assert source.poll(0, 8) is None
     path.write_text('{"num_devices": 6}')
-    assert source.poll(1, 8) == Change(6)
+    assert source.poll(1, 8) == noticed(6)
     assert source.poll(2, 6) is None
     path.write_text('{"num_devices": 3, "lost": true}')
     assert source.poll(3, 6) == Change(3, lost=True)
     path.unlink()
     assert source.poll(4, 3) is None
     assert not source.leaving()
+
+
+def test_a_file_and_who_watches_it_say_how_long_a_change_may_wait(tmp_path):
+    path = tmp_path / "devices.json"
+    source = watch_file(path, grace_s=7)
+    for step, (text, grace_s) in enumerate(
+        [
+            ('{"num_devices": 5}', 7),
+            ('{"num_devices": 4, "grace_s": 0}', 0),
+            ('{"num_devices": 3, "grace_s": 0.25}', 0.25),
+            # What is lost waits for nobody.
+            ('{"num_devices": 2, "grace_s": 9, "lost": true}', 0),
+        ]
+    ):
+        path.write_text(text)
+        change = source.poll(step, 8)
+        assert (change.num_devices, change.grace_s) == (5 - step, grace_s)
+
+
+@pytest.mark.parametrize("grace_s", [-1, "3", None, True, float("nan"), float("inf")])
+def test_what_is_no_time_is_refused(tmp_path, grace_s):
+    for make in (signals, lambda **options: watch_file(tmp_path, **options)):
+        with pytest.raises(MembershipError, match="grace_s: expected a number"):
+            make(grace_s=grace_s)
 
 
 def test_every_torn_request_is_refused_once_and_then_followed(tmp_path):
@@ -113,7 +134,7 @@ def test_every_torn_request_is_refused_once_and_then_followed(tmp_path):
             source.poll(0, 8)
         assert source.poll(1, 8) is None
         path.write_text(request)
-        assert source.poll(2, 8) == Change(12)
+        assert source.poll(2, 8) == noticed(12)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,11 @@ def test_every_torn_request_is_refused_once_and_then_followed(tmp_path):
         '{"num_devices": 6, "lost": "false"}',
         '{"num_devices": 6, "lost": 1}',
         '{"num_devices": 6, "lost": null}',
+        '{"num_devices": 6, "grace_s": "5"}',
+        '{"num_devices": 6, "grace_s": -1}',
+        '{"num_devices": 6, "grace_s": true}',
+        '{"num_devices": 6, "grace_s": NaN}',
+        '{"num_devices": 6, "grace_s": Infinity}',
     ],
 )
 def test_a_wrong_request_is_shown_to_who_wrote_it(tmp_path, request_):
@@ -197,7 +223,7 @@ def test_a_directory_that_becomes_a_file_is_followed(tmp_path):
         path.rmdir()
         assert source.poll(step + 1, 8) is None
     path.write_text('{"num_devices": 6}')
-    assert source.poll(20, 8) == Change(6)
+    assert source.poll(20, 8) == noticed(6)
 
 
 def test_a_file_that_may_not_be_read_is_read_once_it_may(tmp_path, monkeypatch):
@@ -214,7 +240,7 @@ def test_a_file_that_may_not_be_read_is_read_once_it_may(tmp_path, monkeypatch):
             source.poll(0, 8)
         assert source.poll(1, 8) is None
     # Neither its time nor its size has changed.
-    assert source.poll(2, 8) == Change(6)
+    assert source.poll(2, 8) == noticed(6)
     assert source.poll(3, 6) is None
 
 
@@ -233,7 +259,7 @@ def test_a_file_moved_into_place_is_a_new_request(tmp_path):
         # The same size at the same time, as a coarse clock would have it.
         os.utime(other, ns=(step, 10**18 + step))
         other.rename(path)
-        assert source.poll(step, 8) == Change(count)
+        assert source.poll(step, 8) == noticed(count)
 
 
 @pytest.fixture
@@ -256,12 +282,12 @@ def test_signals_ask_for_more_fewer_and_leaving(handlers):
     try:
         assert source.poll(0, 8) is None
         send(signal.SIGUSR1)
-        assert source.poll(1, 8) == Change(7)
+        assert source.poll(1, 8) == noticed(7)
         assert source.poll(2, 7) is None
         for _ in range(3):
             send(signal.SIGUSR1)
         send(signal.SIGUSR2)
-        assert source.poll(3, 7) == Change(5)
+        assert source.poll(3, 7) == noticed(5)
         send(signal.SIGUSR1)
         send(signal.SIGUSR2)
         assert source.poll(4, 5) is None

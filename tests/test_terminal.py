@@ -61,6 +61,17 @@ def test_a_bar_says_that_devices_change(bar):
     assert "tokens/s" not in now()
 
 
+def test_a_change_that_waits_is_a_line_and_the_bar_goes_on(bar, out):
+    report, log, now = bar
+    report.step(Metrics(0))
+    log.emit("announced", step=1, from_devices=8, to_devices=3)
+    report.step(Metrics(1))
+    assert "step 1: 8 -> 3 devices asked for" in out.getvalue()
+    assert "2/20 loss 2.5000" in now()
+    log.emit("announced", step=2, from_devices=8, to_devices=8)
+    assert "step 2: 8 devices are to stay" in out.getvalue()
+
+
 def test_a_change_of_devices_is_in_no_speed_and_in_no_time_remaining(bar):
     report, log, now = bar
     [task] = report.terminal._progress.tasks

@@ -31,6 +31,7 @@ _RECONFIGURE_FIELDS = (
     "from_mesh",
     "to_mesh",
     "bytes_moved",
+    "plain_bytes_moved",
     "phases",
     "was_ready",
     "certified",

@@ -19,7 +19,7 @@ from shardkit.report.picture import write_picture
 from shardkit.report.run_dir import RunDirectory
 from shardkit.report.summary import summary_rows
 from shardkit.report.tensorboard import TensorBoard
-from shardkit.report.terminal import Terminal, format_reconfigure
+from shardkit.report.terminal import Terminal, format_announced, format_reconfigure
 from shardkit.report.timeline import write_timeline
 from shardkit.report.trace import TraceFile
 
@@ -110,6 +110,8 @@ class Report:
             self.terminal.line(fields["message"], style="yellow")
         elif event.name == "checkpoint":
             self.saved_step = fields["step"]
+        elif event.name == "announced":
+            self.terminal.line(format_announced(fields), style="cyan")
         elif event.name == "reconfiguring":
             counts = f"{fields['from_devices']} -> {fields['to_devices']}"
             self.terminal.busy(f"{counts} devices: compiling")

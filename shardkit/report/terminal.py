@@ -25,6 +25,7 @@ from shardkit.report.jsonl import StepLike, phase_ms
 
 __all__ = [
     "Terminal",
+    "format_announced",
     "format_bytes",
     "format_mesh",
     "format_reconfigure",
@@ -70,6 +71,23 @@ def format_reconfigure(fields: Mapping[str, Any]) -> str:
         f"{format_mesh(fields['to_mesh'])}), "
         f"{format_bytes(fields['bytes_moved'])} moved, "
         f"{_format_phases(fields['phases'])}, {verdict[fields['certified']]}"
+    )
+
+
+def format_announced(fields: Mapping[str, Any]) -> str:
+    """Writes a change that waits for its program, or one that was taken back.
+
+    >>> format_announced({"step": 5, "from_devices": 8, "to_devices": 6})
+    'step 5: 8 -> 6 devices asked for; going on with 8 while that is compiled'
+    >>> format_announced({"step": 7, "from_devices": 8, "to_devices": 8})
+    'step 7: 8 devices are to stay'
+    """
+    old, new = fields["from_devices"], fields["to_devices"]
+    if old == new:
+        return f"step {fields['step']}: {old} devices are to stay"
+    return (
+        f"step {fields['step']}: {old} -> {new} devices asked for; going on with {old} "
+        "while that is compiled"
     )
 
 
