@@ -11,8 +11,8 @@ import optax
 
 import shardkit as sk
 from benchmarks.rivals import Rival, with_jit, with_shard_map
-from shardkit.elastic import Placements
 from shardkit.events import EventLog
+from shardkit.placements import Placements
 from shardkit.recipe import Recipe
 from shardkit.waits import Waiter
 

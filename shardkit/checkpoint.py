@@ -24,7 +24,7 @@ from shardkit.digest import combine_digests
 from shardkit.errors import RestoreError
 from shardkit.layout import SHARD_AXIS, LeafLayout
 from shardkit.placement import Placement
-from shardkit.resharding import from_host, to_host
+from shardkit.state_moves import from_host, to_host
 from shardkit.tree import format_table
 
 __all__ = ["CheckpointConfig", "Checkpoints", "fingerprint"]

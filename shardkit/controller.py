@@ -15,13 +15,14 @@ from jax import Array
 
 from shardkit.checkpoint import Checkpoints
 from shardkit.digest import combine_digests
-from shardkit.elastic import Placements, Transition, differences
+from shardkit.elastic import Transition, differences
 from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError
 from shardkit.events import EventLog
 from shardkit.membership import Change
 from shardkit.mesh import device_ids
 from shardkit.overlap import Overlap
 from shardkit.placement import Placement
+from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.standby import Standby, likely_counts
 from shardkit.state import TrainState
@@ -196,6 +197,7 @@ class Controller:
                     placement.compile_digests()
             # Nothing is used up yet, and the batch may be on its way meanwhile.
             after = transition.move(before, keep_source=True)
+            self._compare(before, after, transition)
             with transition.phase("batch"):
                 batch = self._batch()
             with self.waiter.ignoring():
@@ -226,6 +228,16 @@ class Controller:
         if self._certifies == "first":
             return device_ids(new.mesh) not in self._certified
         return self._certifies == "always"
+
+    def _compare(
+        self, before: TrainState, after: TrainState, transition: Transition
+    ) -> None:
+        """Compares what was moved with what was there, before either is used up."""
+        with transition.phase("compare"):
+            found, wanted = transition.new.digest(after), transition.old.digest(before)
+        differing = differences(found, wanted, {}, {})
+        if differing:
+            raise transition.bad_move(differing, self.step)
 
     def _certify(
         self, before: TrainState, after: TrainState, batch: Any, transition: Transition
@@ -332,6 +344,10 @@ class Controller:
         with self.waiter.ignoring():
             self.save()
         raise Preempted(f"asked to leave; step {self.step} is saved")
+
+    def wait_for_standby(self, timeout_s: float) -> bool:
+        """Waits until nothing is made ready; whether that was so in time."""
+        return self._standby is None or self._standby.wait(timeout_s)
 
     def close(self) -> None:
         """Ends background work; a second call does nothing."""

@@ -19,7 +19,7 @@ _NICENESS = 10
 
 
 class Derivable(Protocol):
-    """What can be made ready; `elastic.Placements` is one."""
+    """What can be made ready; `placements.Placements` is one."""
 
     def preparing(self, num_devices: int) -> Callable[[], int]:
         """Returns what makes a placement ready and returns the bytes of code added.

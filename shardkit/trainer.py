@@ -5,17 +5,17 @@ evaluate, to save and to stop. The state itself is the controller's.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
+from shardkit.arguments import check_call, check_choice
 from shardkit.batch import check_alike, check_batch
 from shardkit.checkpoint import CheckpointConfig, Checkpoints
 from shardkit.controller import Controller
-from shardkit.elastic import Placements, ask
+from shardkit.elastic import ask
 from shardkit.errors import ConfigError, MembershipError
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
@@ -23,6 +23,7 @@ from shardkit.logical_axes import AxisRules
 from shardkit.membership import Membership, scripted
 from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
+from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.program_report import ProgramReport
 from shardkit.recipe import LossScale, Recipe
@@ -115,15 +116,15 @@ class Trainer:
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
-        _check_call("init", init, "key")
-        _check_call("loss", loss, "params", "microbatch", "key")
-        _check_call("eval_loss", eval_loss or loss, "params", "microbatch", "key")
-        _check_call("data", data, "step")
+        check_call("init", init, "key")
+        check_call("loss", loss, "params", "microbatch", "key")
+        check_call("eval_loss", eval_loss or loss, "params", "microbatch", "key")
+        check_call("data", data, "step")
         if not isinstance(mesh, MeshSpec | None):
             raise ConfigError(f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}")
-        _check_choice("consistency", consistency, ("exact", "fast"))
-        _check_choice("certify", certify, ("always", "first", "off"))
-        _check_choice(
+        check_choice("consistency", consistency, ("exact", "fast"))
+        check_choice("certify", certify, ("always", "first", "off"))
+        check_choice(
             "on_failed_certificate", on_failed_certificate, ("stop", "continue")
         )
         self.events = events or EventLog()
@@ -157,7 +158,7 @@ class Trainer:
 
         waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
-        certifies = certify != "off" and consistency == "exact"
+        certify = certify if consistency == "exact" else "off"
         placements = Placements(
             self._recipe,
             layout,
@@ -167,14 +168,14 @@ class Trainer:
             _abstract(eval.data(0)) if eval else like,
             self.events,
             waiter,
-            certifies=certifies,
+            certifies=certify,
         )
         self._controller = Controller(
             placements=placements,
             data=checked,
             checkpoints=Checkpoints(checkpoint) if checkpoint else None,
             manifest={**known, **(manifest or {})},
-            certify=certify if certifies else "off",
+            certify=certify,
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
@@ -363,6 +364,13 @@ class Trainer:
         """
         return self._controller.restore(step)
 
+    def wait_for_standby(self, timeout_s: float) -> bool:
+        """Waits until nothing is made ready in the background; whether it was in time.
+
+        For measurements and tests: a run itself never waits for that.
+        """
+        return self._controller.wait_for_standby(timeout_s)
+
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
         self._controller.close()
@@ -378,25 +386,3 @@ class Trainer:
 
 def _abstract(batch: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-
-
-def _check_call(name: str, fn: Any, *args: str) -> None:
-    expected = f"Trainer: {name} must be a function of ({', '.join(args)})"
-    if not callable(fn):
-        raise ConfigError(f"{expected}, found {type(fn).__name__}")
-    try:
-        signature = inspect.signature(fn)
-    except ValueError:  # written in C
-        return
-    try:
-        signature.bind(*args)
-    except TypeError as error:
-        raise ConfigError(f"{expected}, found {signature}: {error}") from None
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"Trainer: {name} must be one of {', '.join(map(repr, choices))}, "
-            f"found {value!r}"
-        )

@@ -1,5 +1,7 @@
 """What is left standing after something went wrong."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import shardkit as sk
+from shardkit.state_moves import move_state
 from shardkit.waits import Waiter
 
 
@@ -50,6 +53,32 @@ def test_after_a_failed_certificate_the_run_stands_on_the_old_devices(tmp_path):
         list(steps)
     assert trainer.step == int(trainer.state.step) == 3
     trainer.save()
+    trainer.close()
+
+
+@pytest.mark.parametrize("verdict", ["stop", "continue"])
+def test_a_move_that_alters_a_bit_is_found_before_anything_is_used_up(
+    monkeypatch, verdict
+):
+    def altered(*args, **kwargs):
+        moved = move_state(*args, **kwargs)
+        change = {"w": moved.tree.params["w"].at[5, 1].multiply(-1)}
+        tree = dataclasses.replace(moved.tree, params=change)
+        return dataclasses.replace(moved, tree=tree)
+
+    trainer = make_trainer(on_failed_certificate=verdict)
+    list(trainer.run(2, membership=sk.scripted({0: 4})))
+    before = trainer.state_digest()
+    monkeypatch.setattr("shardkit.elastic.move_state", altered)
+    with pytest.raises(sk.CertificateError, match=r"altered 1 leaves: params/w\. The"):
+        list(trainer.run(4, membership=sk.scripted({2: 2})))
+    assert trainer.step == int(trainer.state.step) == 2
+    assert trainer.state_digest() == before
+    monkeypatch.undo()
+    list(trainer.run(4, membership=sk.scripted({2: 2})))
+    with make_trainer() as other:
+        list(other.run(4))
+        assert other.state_digest() == trainer.state_digest()
     trainer.close()
 
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 # `build` above "shardkit", the package itself, whose lazy names reach all below it.
 TIERS = [
     "errors events version waits hlo",
-    "tree mesh keys membership nn model places shards rounding jaxprs corpus batch "
-    "prefetch standby program_cache program_report",
+    "tree arguments mesh keys membership nn model places shards rounding jaxprs "
+    "corpus batch prefetch standby program_cache program_report",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
     "digest state localize program gradient senders",
@@ -30,7 +30,9 @@ TIERS = [
     "device_copies host_copies",
     "carry",
     "recipe resharding",
+    "state_moves",
     "placement",
+    "placements",
     "elastic metrics checkpoint evaluation",
     "controller",
     "trainer",

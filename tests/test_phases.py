@@ -5,7 +5,7 @@ from problems import consume
 
 MOVED = ["derive", "compile", "plan", "move"]
 CERTIFIED = [
-    *("derive", "compile", "batch", "plan", "move"),
+    *("derive", "compile", "plan", "move", "compare", "batch"),
     *("old_step", "old_digest", "new_step", "new_digest"),
 ]
 

@@ -12,7 +12,8 @@ from shardkit import carry
 from shardkit.errors import ConfigError, LostStateError
 from shardkit.layout import LeafLayout
 from shardkit.mesh import MeshSpec
-from shardkit.resharding import from_host, move_state, reshard, to_host
+from shardkit.resharding import reshard
+from shardkit.state_moves import from_host, move_state, to_host
 
 LEAVES = [
     LeafLayout("rows", (5, 3), np.dtype("float32"), 0),

@@ -17,13 +17,8 @@ from shardkit import carry, device_copies
 from shardkit.errors import ConfigError
 from shardkit.layout import LeafLayout
 from shardkit.mesh import MeshSpec
-from shardkit.resharding import (
-    compile_move,
-    from_host,
-    move_state,
-    reshard,
-    to_host,
-)
+from shardkit.resharding import reshard
+from shardkit.state_moves import compile_move, from_host, move_state, to_host
 
 
 def held_bytes(ids):

@@ -26,6 +26,7 @@ COLOURS = {
     "batch": "#a16207",
     "plan": "#facc15",
     "move": "#ea580c",
+    "compare": "#fda4af",
     "old_step": "#99d5c9",
     "old_digest": "#5bb5a2",
     "new_step": "#2c8c7c",

@@ -1,0 +1,43 @@
+"""What a caller of `Trainer` can get wrong about an argument by itself.
+
+Owns the checks of functions and of choices, each with its message. It knows no trainer.
+"""
+
+import inspect
+from typing import Any
+
+from shardkit.errors import ConfigError
+
+__all__ = ["check_call", "check_choice"]
+
+
+def check_call(name: str, fn: Any, *args: str) -> None:
+    """Checks that something can be called with so many arguments.
+
+    Raises:
+        ConfigError: If not, naming them.
+    """
+    expected = f"Trainer: {name} must be a function of ({', '.join(args)})"
+    if not callable(fn):
+        raise ConfigError(f"{expected}, found {type(fn).__name__}")
+    try:
+        signature = inspect.signature(fn)
+    except ValueError:  # written in C
+        return
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise ConfigError(f"{expected}, found {signature}: {error}") from None
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Checks that a value is one of a few.
+
+    Raises:
+        ConfigError: If not, naming them.
+    """
+    if value not in choices:
+        raise ConfigError(
+            f"Trainer: {name} must be one of {', '.join(map(repr, choices))}, "
+            f"found {value!r}"
+        )
