@@ -93,7 +93,7 @@ def test_what_is_being_compiled_is_waited_for(placements, monkeypatch):
     placements.present = placements.on(4)
     begun, may_end = threading.Event(), threading.Event()
 
-    def prepare(placement, *, digests):
+    def prepare(placement, **options):
         begun.set()
         assert may_end.wait(TIMEOUT_S)
         return 7
@@ -134,7 +134,9 @@ def test_no_walk_moves_more_than_the_plain_order(counts, make):
     for count in [6, 8, 4, *counts]:
         placements.present = old
         new = placements.on(count)
-        transition = Transition(old, new, plain_bytes=placements.plain_bytes(old, new))
+        transition = Transition(
+            old, new, 0.0, plain_bytes=placements.plain_bytes(old, new)
+        )
         state = transition.move(state)
         report = transition.report(0, None)
         assert report["bytes_moved"] <= report["plain_bytes_moved"]
