@@ -7,11 +7,8 @@ a shard's memory is for the greater part in use.
 """
 
 import collections
-import itertools
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,7 +20,6 @@ from shardkit.kinds import Kind, Part
 __all__ = ["copy_on_host"]
 
 _ALIGNMENT = 64  # of memory that the backend takes as it is
-_MAX_THREADS = 4
 
 
 def copy_on_host(
@@ -57,13 +53,11 @@ def copy_on_host(
                 return jax.device_put(found, devices[id])
         return jax.device_put(_filled(kind, parts, mine), devices[id])
 
-    wanted = [
-        (leaf, id) for leaf in zip(kinds, shards, strict=True) for id in leaf[0].parts
+    # One thread: several fight over fresh pages, and were slower and less steady.
+    return [
+        [make(leaf, id) for id in leaf[0].parts]
+        for leaf in zip(kinds, shards, strict=True)
     ]
-    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads) as pool:
-        made = iter(list(pool.map(make, *zip(*wanted, strict=True))))
-    return [list(itertools.islice(made, len(kind.parts))) for kind in kinds]
 
 
 def _lent(kind: Kind) -> set[int]:
