@@ -131,8 +131,8 @@ def by_device_put(problem, pair, rounds):
     import jax
 
     times, ordinary_s = [], []
+    old = problem.rival(pair[0])
     for _ in range(rounds):
-        old = problem.rival(pair[0])
         old.start()
         jax.block_until_ready(old.step())
         start_s = time.perf_counter()
