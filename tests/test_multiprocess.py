@@ -102,3 +102,9 @@ def test_two_processes_train_together(tmp_path, compile_cache):
     expected |= {"seen": [3, 4, 3, 4, 5], "after a loss": trainer.state_digest()}
     assert found == json.loads(json.dumps(expected))
     trainer.close()
+
+
+def test_arrays_of_two_processes_move_to_any_mesh():
+    port = free_port()
+    workers = [start("resharded", port, i, 2) for i in range(2)]
+    assert finish(*workers) == ["moved", "moved"]
