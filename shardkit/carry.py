@@ -2,8 +2,9 @@
 
 Owns the order of things: waves of leaves on their way together, copied by programs on
 the devices or, where host memory is the memory of all of them, by numpy. Invariant:
-what a device holds afterwards is, to the bit, what the plan says; what is padding is
-zero. It decides nothing about who sends what.
+what a device holds afterwards is, to the bit, what the plan says; padding comes with a
+shard that is taken whole, and is zero elsewhere. It decides nothing about who sends
+what.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -26,6 +26,7 @@ from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.standby import Standby, likely_counts
 from shardkit.state import TrainState
+from shardkit.state_moves import is_whole
 from shardkit.waits import Waiter
 
 __all__ = ["Controller"]
@@ -220,8 +221,9 @@ class Controller:
             # Told before anything was moved.
             raise
         except BaseException:
-            # Shards are freed as they are sent, so that there is no way back.
-            self.live, self._is_lost = None, True
+            # Shards are freed as they are sent; from then on there is no way back.
+            if not is_whole(before):
+                self.live, self._is_lost = None, True
             raise
 
     def _wants_certificate(self, new: Placement) -> bool:
@@ -257,8 +259,9 @@ class Controller:
             found = new.digest(moved)
         differing = differences(found, wanted, metrics, expected)
         if differing:
-            failure = transition.failure(differing, step)
-            if self._stop_on_failure:
+            goes_on = not self._stop_on_failure
+            failure = transition.failure(differing, step, goes_on=goes_on)
+            if not goes_on:
                 raise failure
             self.events.emit("notice", message=str(failure))
         else:

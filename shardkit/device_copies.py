@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import SingleDeviceSharding
 
+from shardkit.bits import as_bits, of_bits
 from shardkit.kinds import Kind
 from shardkit.layout import Box
 
@@ -119,7 +120,7 @@ class _Batch:
         recipe = tuple(
             (part.box if part.stays else None, part.offset) for part in parts
         )
-        return self._do.call(_join, given, recipe, kind.piece_shape, num)
+        return self._do.call(_join, given, recipe, kind.piece_shape, num, kind.dtype)
 
     def _of(self, id: int) -> list[Array]:
         return [shards[id] for shards in self._shards]
@@ -135,7 +136,10 @@ class _Doer:
         return jax.device_put(arrays, targets) if arrays else ()
 
     def zeros(self, kind: Kind, device: Any, num: int) -> Any:
-        return [jnp.zeros(kind.piece_shape, kind.dtype, device=device)] * num
+        # An array each, since a buffer that two leaves share cannot be donated.
+        return [
+            jnp.zeros(kind.piece_shape, kind.dtype, device=device) for _ in range(num)
+        ]
 
 
 class _Compiler(_Doer):
@@ -169,17 +173,22 @@ def _on(sharding: Any, x: Any) -> jax.ShapeDtypeStruct:
 def _cut(
     shards: Sequence[Array], boxes: Sequence[Box], packed: bool
 ) -> list[list[Array]]:
-    """Cuts boxes; for each of them an array from every shard, or one from all."""
-    cut = [[_slice(shard, box) for shard in shards] for box in boxes]
+    """Cuts boxes; for each of them an array from every shard, or one from all.
+
+    What is cut are the bits, as `_join` takes them.
+    """
+    bits = [as_bits(shard) for shard in shards]
+    cut = [[_slice(x, box) for x in bits] for box in boxes]
     return [[jnp.stack(arrays)] for arrays in cut] if packed else cut
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _join(
     given: Sequence[Sequence[Array]],
     recipe: Sequence[tuple[Box | None, tuple[int, ...]]],
     shape: tuple[int, ...],
     num_leaves: int,
+    dtype: Any,
 ) -> list[Array]:
     """Puts the parts of every leaf together.
 
@@ -188,21 +197,24 @@ def _join(
         recipe: For each part the box to cut out first, and where it goes.
         shape: The shape of a piece.
         num_leaves: How many there are.
+        dtype: What the pieces are, of which what was cut are only the bits.
     """
+    bits = [[as_bits(x) for x in arrays] for arrays in given]
 
     def part(arrays: Sequence[Array], box: Box | None, number: int) -> Array:
         if box is not None:
             return _slice(arrays[number], box)
         return arrays[number] if len(arrays) == num_leaves else arrays[0][number]
 
-    return [
+    made = [
         _put_together(
-            [part(g, box, i) for g, (box, _) in zip(given, recipe, strict=True)],
+            [part(g, box, i) for g, (box, _) in zip(bits, recipe, strict=True)],
             [offset for _, offset in recipe],
             shape,
         )
         for i in range(num_leaves)
     ]
+    return [of_bits(piece, dtype) for piece in made]
 
 
 def _slice(x: Array, box: Box) -> Array:

@@ -172,13 +172,19 @@ class Transition:
             "was: save it and report this."
         )
 
-    def failure(self, differing: list[str], step: int) -> CertificateError:
-        """Describes a failed certificate."""
+    def failure(
+        self, differing: list[str], step: int, *, goes_on: bool = False
+    ) -> CertificateError:
+        """Describes a failed certificate; `goes_on` if the run takes the new state."""
+        where = (
+            "The trainer goes on with the new devices, since that is what "
+            "on_failed_certificate='continue' asks for."
+            if goes_on
+            else "The trainer stands after that step on the old devices: save it and "
+            "report this, or go on with on_failed_certificate='continue'."
+        )
         return CertificateError(
             f"step {step}: {mesh_sizes(self.old.mesh)} and {mesh_sizes(self.new.mesh)} "
             f"computed other bits in {len(differing)} leaves: "
-            f"{', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. "
-            "The trainer stands after that step on the old devices: save it and report "
-            "this, or go on with "
-            "on_failed_certificate='continue'."
+            f"{', '.join(differing[:8])}{', …' if len(differing) > 8 else ''}. {where}"
         )

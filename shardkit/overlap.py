@@ -137,7 +137,7 @@ class Overlap:
                     self._changed.notify_all()
                     return
             # What fails here fails again, and is told, when the change is made.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 kept.prepare()
             kept.is_ready.set()
 

@@ -6,9 +6,11 @@ array is the same before and after, to the bit. What comes from where is `transf
 decision, and the copies are `carry`'s.
 """
 
+import collections
 import enum
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +19,13 @@ from jax import Array
 from jax.sharding import NamedSharding, Sharding
 
 from shardkit import carry
+from shardkit.bits import is_packed
+from shardkit.errors import InexactError, PartitionError
 from shardkit.layout import Layout
 from shardkit.mesh import device_ids
 from shardkit.places import Places
 from shardkit.transfer import plan_transfer
+from shardkit.tree import named_leaves
 
 __all__ = ["gathered", "is_key", "like", "raw", "reshard"]
 
@@ -36,21 +41,27 @@ def reshard(
 
     Args:
         tree: Arrays of any dtype, random keys among them, on any devices of this
-            process.
+            process; or numbers in host memory, which are copied.
         shardings: A tree like it, or a prefix of it, of `NamedSharding` or shardings
-            that cut nothing.
+            that cut nothing. They divide the shapes.
         donate: Whether the arrays may be used up, and with them whatever shares their
-            memory; each is freed when it has been sent.
+            memory; each is freed when it has been sent. What stays where it is becomes
+            a part of the result, so do not touch the arrays afterwards, not even to
+            delete them.
         scratch_bytes: How many bytes more than before or after (whichever is more) a
             device may hold; at least what the largest piece needs. None for what
-            keeps the devices busy.
+            keeps the devices busy. Another kind of memory or other processes are
+            reached without such a limit.
 
     Returns:
         The tree at its new place.
 
     Raises:
         ConfigError: If `scratch_bytes` is too small, naming the least.
-        PartitionError: If a sharding is of another kind.
+        PartitionError: If a sharding is of another kind or does not fit its leaf,
+            naming the leaves.
+        InexactError: If numbers in host memory have 64 bits and need them, which are
+            not enabled in JAX.
 
     Example:
         >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -60,55 +71,149 @@ def reshard(
         True
     """
     leaves, treedef = jax.tree.flatten(tree)
-    wanted = jax.tree.leaves(
-        jax.tree.map(
-            lambda sharding, part: jax.tree.map(lambda _: sharding, part),
-            shardings,
-            tree,
-            is_leaf=lambda x: isinstance(x, Sharding),
-        ),
-        is_leaf=lambda x: isinstance(x, Sharding),
-    )
-    arrays = list(map(raw, leaves))
-    way = functools.cache(_way)
-    ways: dict[_Way, list[int]] = {}
+    wanted, their_treedef = jax.tree.flatten(shardings)
+    if their_treedef != treedef:
+        wanted = jax.tree.leaves(jax.tree.broadcast(shardings, tree))
+    _check_shardings(tree, leaves, wanted)
+    # What is in host memory is copied first, lest it be shared on the CPU.
+    arrays: list[Any] = [
+        raw(x) if isinstance(x, Array) else np.array(x) for x in leaves
+    ]
+    _check_numbers(tree, leaves, arrays)
+    # What is there twice is not used up before it has been moved twice.
+    uses = collections.Counter(map(id, leaves))
+    way, packed = functools.cache(_way), functools.cache(is_packed)
+    ways: dict[tuple[int, bool], list[int]] = {}
     for i, (x, sharding) in enumerate(zip(arrays, wanted, strict=True)):
-        ways.setdefault(way(x.sharding, sharding, scratch_bytes), []).append(i)
+        # Collectives lose count of what is smaller than a byte.
+        is_free = scratch_bytes is None and not packed(x.dtype)
+        found = way(getattr(x, "sharding", None), sharding, is_free)
+        ways.setdefault((found, donate and uses[id(leaves[i])] == 1), []).append(i)
     out: dict[int, Array] = {}
-    for found, chosen in ways.items():
+    # A plan first, which may refuse, and what uses nothing up before what does.
+    for (found, may_use), chosen in sorted(ways.items()):
         some, there = [arrays[i] for i in chosen], [wanted[i] for i in chosen]
-        if found is _Way.COLLECTIVES:
-            moved = _by_collectives(tuple(there), donate)(some)
-        elif found is _Way.HOSTS:
-            moved = [_through_hosts(x, s) for x, s in zip(some, there, strict=True)]
+        if found == _Way.PLAN:
+            moved = _by_plan(some, there, may_use, scratch_bytes)
+        elif found == _Way.COLLECTIVES:
+            moved = _by_collectives(some, there, may_use)
+        elif found == _Way.PUT:
+            moved = jax.device_put(some, there, may_alias=False)
         else:
-            moved = _by_plan(some, there, donate, scratch_bytes)
+            moved = [_through_hosts(x, s) for x, s in zip(some, there, strict=True)]
         out |= zip(chosen, moved, strict=True)
+    if donate:
+        # A plan that may use arrays up has done so, or made them part of the result.
+        kept = itertools.chain(*(ways[key] for key in ways if key != (_Way.PLAN, True)))
+        _delete(arrays[i] for i in kept)
     return treedef.unflatten(like(out[i], leaf) for i, leaf in enumerate(leaves))
 
 
-class _Way(enum.Enum):
+def _check_shardings(tree: Any, leaves: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """Refuses what no array can be moved to, before any is."""
+    trouble = functools.cache(_misfit)
+    wrong = [trouble(s, np.shape(x)) for x, s in zip(leaves, wanted, strict=True)]
+    if any(wrong):
+        found = _named(tree, wrong)
+        raise PartitionError(
+            f"reshard: {len(found)} leaves cannot be placed so. {'; '.join(found[:5])}"
+            f"{'; …' if len(found) > 5 else ''}. Give a Sharding that divides the "
+            "shape."
+        )
+
+
+def _misfit(sharding: Any, shape: tuple[int, ...]) -> str:
+    if not isinstance(sharding, Sharding):
+        return f"of shape {shape}: expected a Sharding, found {sharding!r}"
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        return f"of shape {shape}: {error}"
+    return ""
+
+
+def _check_numbers(tree: Any, leaves: Sequence[Any], arrays: Sequence[Any]) -> None:
+    """Refuses numbers in host memory that JAX would round or cut off."""
+    pairs = zip(leaves, arrays, strict=True)
+    wrong = [
+        "" if isinstance(x, Array | float | complex) else _altered(array)
+        for x, array in pairs
+    ]
+    if any(wrong):
+        found = _named(tree, wrong)
+        raise InexactError(
+            f"reshard: {len(found)} leaves hold numbers that JAX would alter: "
+            f"{'; '.join(found[:5])}{'; …' if len(found) > 5 else ''}. Enable "
+            "jax_enable_x64, or convert them yourself."
+        )
+
+
+def _altered(x: np.ndarray) -> str:
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if dtype == x.dtype:
+        return ""
+    with np.errstate(all="ignore"):
+        back = x.astype(dtype).astype(x.dtype)
+    same = back.tobytes() == x.tobytes()
+    return "" if same else f"is {x.dtype}, would be {dtype}"
+
+
+def _named(tree: Any, wrong: Sequence[str]) -> list[str]:
+    """Puts the paths of leaves before what is wrong with them."""
+    paths = [path or "the array" for path, _ in named_leaves(tree)]
+    return [f"{path} {text}" for path, text in zip(paths, wrong, strict=True) if text]
+
+
+def _delete(arrays: Iterable[Any]) -> None:
+    for x in arrays:
+        if isinstance(x, Array):
+            x.delete()
+
+
+class _Way(enum.IntEnum):
     """How a leaf is moved.
 
     Where devices are linked and stay, each sends to every other at once when one
     program asks for all. What other processes have can only be had by such a program,
-    or through the memory of all hosts.
+    or through the memory of all hosts. To and from other memory than that of the
+    devices, and between devices of different kinds, JAX itself copies.
     """
 
     PLAN = 1
     COLLECTIVES = 2
-    HOSTS = 3
+    PUT = 3
+    HOSTS = 4
 
 
-def _way(old: Sharding, new: Sharding, scratch_bytes: int | None) -> _Way:
-    is_here = old.is_fully_addressable and new.is_fully_addressable
+def _way(old: Sharding | None, new: Sharding, is_free: bool) -> _Way:
+    """Chooses a way; what is not on devices yet has no old sharding.
+
+    Args:
+        old: Where it is.
+        new: Where it goes.
+        is_free: Whether there may be a choice between a plan and collectives.
+    """
+    is_here = new.is_fully_addressable and (old is None or old.is_fully_addressable)
+    if is_here and (old is None or len(_memories(old) | _memories(new)) > 1):
+        return _Way.PUT
     if isinstance(old, NamedSharding) and isinstance(new, NamedSharding):
         meshes: list[Any] = [old.mesh, new.mesh]
         stays = device_ids(meshes[0]) == device_ids(meshes[1])
-        is_free = scratch_bytes is None and not carry.by_host(new.device_set)
-        if stays and (is_free or not is_here):
+        is_linked = is_free and not carry.by_host(new.device_set)
+        if stays and (is_linked or not is_here):
             return _Way.COLLECTIVES
     return _Way.PLAN if is_here else _Way.HOSTS
+
+
+def _memories(sharding: Sharding) -> set[tuple[str, str | None]]:
+    """Of what kind devices and memory are; where it is the devices' own, only they."""
+    found = set()
+    for device in sharding.device_set:
+        kind = sharding.memory_kind
+        is_own = kind in (None, device.default_memory().kind)
+        found.add((device.platform, None if is_own else kind))
+    # From one kind of other memory to the same a plan would not do either.
+    return found | {("", None) for _, kind in found if kind is not None}
 
 
 def _by_plan(
@@ -136,22 +241,35 @@ def _by_plan(
     return [moved[name] for name in names]
 
 
+def _by_collectives(
+    arrays: Sequence[Array], wanted: Sequence[Any], donate: bool
+) -> list[Array]:
+    """Moves arrays on their devices."""
+    # Memory can be used again for pieces of the same shape only.
+    used = tuple(
+        i
+        for i, (x, new) in enumerate(zip(arrays, wanted, strict=True))
+        if donate and x.sharding.shard_shape(x.shape) == new.shard_shape(x.shape)
+    )
+    return _collective(tuple(wanted), used)(*arrays)
+
+
 @functools.lru_cache(maxsize=16)
-def _by_collectives(shardings: tuple[Any, ...], donate: bool) -> Any:
+def _collective(shardings: tuple[Any, ...], donate_argnums: tuple[int, ...]) -> Any:
     """Makes the program that moves arrays on their devices.
 
     Kept, since JAX looks at every sharding anew when it is given a new function.
     """
     return jax.jit(
-        lambda arrays: arrays,
+        lambda *arrays: list(arrays),
         out_shardings=list(shardings),
-        donate_argnums=0 if donate else (),
+        donate_argnums=donate_argnums,
     )
 
 
-def _through_hosts(array: Array, sharding: Any) -> Array:
-    whole = gathered(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda i: whole[i])
+def _through_hosts(array: Any, sharding: Any) -> Array:
+    whole = gathered(array) if isinstance(array, Array) else array
+    return jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
 
 
 class _Layouts:
@@ -184,18 +302,21 @@ def gathered(array: Array) -> np.ndarray:
 
 def is_key(x: Any) -> bool:
     """Whether it is an array of random keys, abstract or not."""
-    return jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return _is_key_dtype(x.dtype)
 
 
-def raw(x: Any) -> Array:
+@functools.cache
+def _is_key_dtype(dtype: Any) -> bool:
+    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def raw(x: Array) -> Array:
     """What a leaf consists of: the data of keys, and an array of anything else."""
-    if not isinstance(x, Array):
-        x = jax.numpy.asarray(x)
     return jax.random.key_data(x) if is_key(x) else x
 
 
 def like(raw: Array, x: Any) -> Array:
     """Makes keys of their data, if `x` is keys."""
-    if not is_key(x):
+    if not (isinstance(x, Array) and is_key(x)):
         return raw
     return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(x))

@@ -119,8 +119,10 @@ class Standby:
         self._placements, self.configured = placements, tuple(configured)
         self._programs_left, self._bytes_left = max_programs, max_bytes
         self._changed = threading.Condition()
-        self._queue: list[tuple[int, bool, Callable[[], int]]] = []
-        self._ready: set[int] = set()
+        self._queue: list[tuple[int, int | None, Callable[[], int]]] = []
+        # From where to where everything is made, and for where a program.
+        self._ready: set[tuple[int | None, int]] = set()
+        self._made: set[int] = set()
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
@@ -130,15 +132,16 @@ class Standby:
         Args:
             counts: Device counts, the likeliest first.
             present: Where the run is. What it has not compiled yet, but a change
-                needs, comes first, and counts as none of the `max_programs`.
+                needs, comes first, and counts as none of the `max_programs`. Nor
+                does what was made ready from elsewhere: only the move is new.
         """
         with self._changed:
             if self._is_closed:
                 return
             self._queue = [
-                (n, n == present, self._placements.preparing(n))
+                (n, present, self._placements.preparing(n))
                 for n in ([] if present is None else [present]) + list(counts)
-                if n not in self._ready
+                if (present, n) not in self._ready
             ]
             if self._queue and self._thread is None:
                 # Not a daemon: an interpreter that ends while XLA compiles would crash.
@@ -167,17 +170,24 @@ class Standby:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._changed:
-                is_full = self._programs_left < 1 or self._bytes_left < 1
-                if not self._queue or (is_full and not self._queue[0][1]):
+                if self._programs_left < 1 or self._bytes_left < 1:
+                    self._queue = [x for x in self._queue if self._is_free(*x[:2])]
+                if not self._queue:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                count, is_present, prepare = self._queue.pop(0)
-                self._ready.add(count)
+                count, present, prepare = self._queue.pop(0)
+                is_free = self._is_free(count, present)
+                self._ready.add((present, count))
+                self._made.add(count)
             num_bytes = 0
             # What fails here fails again, and is told, when it is asked for.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 num_bytes = prepare()
             with self._changed:
-                self._programs_left -= not is_present
+                self._programs_left -= not is_free
                 self._bytes_left -= num_bytes
+
+    def _is_free(self, count: int, present: int | None) -> bool:
+        """Whether it counts as no program."""
+        return count == present or count in self._made

@@ -1,8 +1,9 @@
 """Moves a training state, with its padding, to another mesh.
 
 Owns the way from where a state is and where it is wanted to a plan that is carried out.
-Invariant: the logical state is the same before and after, to the bit, and padding is
-zero. What comes from where is `transfer`'s decision, and the copies are `carry`'s.
+Invariant: the logical state is the same before and after, to the bit; what padding
+holds is undefined. What comes from where is `transfer`'s decision, and the copies are
+`carry`'s.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from shardkit.places import Places
 from shardkit.resharding import gathered, is_key, like, raw
 from shardkit.transfer import TransferPlan, plan_transfer
 
-__all__ = ["Moved", "compile_move", "from_host", "move_state", "to_host"]
+__all__ = ["Moved", "compile_move", "from_host", "is_whole", "move_state", "to_host"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,15 @@ def compile_move(layout: Any, old: Mesh, new: Mesh, *, keep_source: bool) -> Non
     )
 
 
+def is_whole(tree: Any) -> bool:
+    """Whether every shard that this process has of a tree of arrays is still there."""
+    # An array of which some shards are deleted does not count as deleted itself.
+    return not any(
+        x.is_deleted() or any(s.data.is_deleted() for s in raw(x).addressable_shards)
+        for x in jax.tree.leaves(tree)
+    )
+
+
 def _plan(
     layouts: list[LeafLayout], old: Mesh, new: Mesh, lost: frozenset[int]
 ) -> TransferPlan:
@@ -148,8 +158,9 @@ def from_host(whole: np.ndarray, leaf: LeafLayout, mesh: Mesh) -> Array:
     pad = [(0, a - b) for a, b in zip(shape, leaf.shape, strict=True)]
     whole = np.pad(whole, pad) if any(after for _, after in pad) else whole
     sharding = leaf.sharding(mesh)
+    # Copied, since on the CPU an array may be a view of the memory that it is given.
     pieces = [
-        jax.device_put(whole[index], device, may_alias=False)
+        jax.device_put(np.array(whole[index]), device)
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     ]
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 import shardkit as sk
+from shardkit import carry
+from shardkit.host_copies import copy_on_host
 from shardkit.state_moves import move_state
 from shardkit.waits import Waiter
 
@@ -79,6 +81,39 @@ def test_a_move_that_alters_a_bit_is_found_before_anything_is_used_up(
     with make_trainer() as other:
         list(other.run(4))
         assert other.state_digest() == trainer.state_digest()
+    trainer.close()
+
+
+@pytest.mark.parametrize("num_copied", [0, 1])
+def test_a_move_that_fails_loses_only_what_it_has_used_up(monkeypatch, num_copied):
+    class Full(RuntimeError):
+        pass
+
+    def waves_of_one(kinds, **options):
+        yield from ([path] for path in kinds)
+
+    def copy(kinds, *args, **options):
+        if len(copied) == num_copied:
+            raise Full
+        copied.append(kinds)
+        return copy_on_host(kinds, *args, **options)
+
+    copied = []
+    trainer = make_trainer(certify="off")
+    list(trainer.run(2, membership=sk.scripted({0: 4})))
+    with monkeypatch.context() as patch:
+        patch.setattr(carry, "waves", waves_of_one)
+        patch.setattr(carry, "copy_on_host", copy)
+        with pytest.raises(Full):
+            list(trainer.run(4, membership=sk.scripted({2: 3})))
+    if num_copied:
+        with pytest.raises(sk.LostStateError, match="step 2 was lost"):
+            trainer.state_digest()
+    else:
+        list(trainer.run(4, membership=sk.scripted({2: 3})))
+        with make_trainer() as other:
+            list(other.run(4))
+            assert other.state_digest() == trainer.state_digest()
     trainer.close()
 
 

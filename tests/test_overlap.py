@@ -23,6 +23,7 @@ class Slow:
 
     def __init__(self, *ready):
         self.seen, self.ready, self.bad = [], ready, ()
+        self.error = RuntimeError
         self.may_end, self.begun = threading.Semaphore(0), threading.Semaphore(0)
         self.events = EventLog()
         self.announced = []
@@ -39,7 +40,7 @@ class Slow:
         self.begun.release()
         assert self.may_end.acquire(timeout=TIMEOUT_S)
         if num_devices in self.bad:
-            raise RuntimeError("no such placement")
+            raise self.error("no such placement")
 
     def next(self, change=NOTHING, **options):
         return self.overlap.next(change, step=3, num_devices=8, **options)
@@ -134,8 +135,9 @@ def test_a_request_is_taken_back(slow):
     assert [fields["to_devices"] for fields in slow.announced] == [6, 8]
 
 
-def test_what_cannot_be_prepared_is_for_the_change_to_tell(slow):
-    slow.bad = (6,)
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_what_cannot_be_prepared_is_for_the_change_to_tell(slow, error):
+    slow.bad, slow.error = (6,), error
     assert slow.next(asks(6)) == NOTHING
     slow.finish()
     assert slow.next() == asks(6)

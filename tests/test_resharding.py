@@ -225,6 +225,45 @@ def test_from_host_pads_with_zeros_and_borrows_nothing():
     np.testing.assert_array_equal(to_host(array, leaf), np.ones((5, 3)))
 
 
+def aligned(shape, fill):
+    """Memory that the CPU backend would take as it is."""
+    raw = np.empty(4 * math.prod(shape) + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    whole = raw[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
+    whole[...] = fill
+    return whole
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_from_host_borrows_nothing_without_padding(dim):
+    leaf = LeafLayout("w", (64, 64), np.dtype("float32"), dim)
+    whole = aligned((64, 64), 1)
+    array = jax.block_until_ready(from_host(whole, leaf, mesh_of(1, 4)))
+    whole[...] = 7
+    np.testing.assert_array_equal(to_host(array, leaf), np.ones((64, 64)))
+
+
+@pytest.mark.parametrize("by_host", [False, True])
+def test_leaves_that_are_padding_somewhere_can_be_donated_together(
+    monkeypatch, by_host
+):
+    monkeypatch.setattr(carry, "by_host", lambda devices: by_host)
+    leaves = [LeafLayout(f"w{i}", (5, 64), np.dtype("float32"), 0) for i in range(3)]
+    old, new = mesh_of(1, 1), mesh_of(1, 8)
+    tree = [
+        from_host(np.full((5, 64), i, np.float32), leaf, old)
+        for i, leaf in enumerate(leaves)
+    ]
+    moved = move_state(tree, leaves, old, new).tree
+    # A buffer that two leaves share makes a donating program fail, and others wait.
+    for device in range(8):
+        data = [x.addressable_data(device) for x in moved]
+        assert len({x.unsafe_buffer_pointer() for x in data}) == 3
+    stepped = jax.jit(lambda tree: [x + 1 for x in tree], donate_argnums=0)(moved)
+    for i, (array, leaf) in enumerate(zip(stepped, leaves, strict=True)):
+        np.testing.assert_array_equal(to_host(array, leaf), np.full((5, 64), i + 1))
+
+
 def test_the_tree_keeps_its_structure():
     old, new = mesh_of(1, 2), mesh_of(1, 3)
     leaf, other = LEAVES[:2]

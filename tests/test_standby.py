@@ -99,6 +99,21 @@ def test_where_the_run_is_comes_first_and_is_not_counted():
     assert placements.seen == [8, 5, 6]
 
 
+def test_the_way_back_is_prepared_too_and_counts_as_no_program():
+    placements = Slow()
+    standby = Standby(placements, max_programs=1)
+    for _ in range(9):
+        placements.may_go.release()
+    standby.expect([5, 3], present=8)
+    assert standby.wait(TIMEOUT_S)
+    standby.expect([8, 3], present=5)
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [8, 5, 5, 8]
+    standby.expect([8], present=5)
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [8, 5, 5, 8]
+
+
 def test_configured_counts_are_prepared_before_guesses(make):
     trainer, _ = make(standby=2, standby_counts=[3], certify="off")
     for metrics in trainer.run(6, sk.scripted({9: 5})):

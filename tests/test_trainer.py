@@ -220,6 +220,10 @@ def test_what_failed_its_certificate_is_looked_at_again(make):
     consume(trainer, 6, {1: 4, 2: 8, 3: 4})
     verdicts = [change["certified"] for change in fields_of(events, "reconfigure")]
     assert verdicts == [False, False, False]
+    notices = [event["message"] for event in fields_of(events, "notice")]
+    failed = [message for message in notices if "other bits" in message]
+    assert len(failed) == 3
+    assert all("goes on with the new devices" in message for message in failed)
 
 
 def test_settings_of_a_block_reach_what_is_compiled_in_it(make):
