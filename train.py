@@ -59,6 +59,8 @@ def train(arguments: cli.Arguments) -> int:
                 command = cli.resume_command(
                     directory.config_file, directory.path, twin=arguments.twin
                 )
+                if not directory.has_checkpoint:
+                    error.add_note("no step is saved: going on begins anew")
                 error.add_note(f"go on with: {command}")
             raise
 

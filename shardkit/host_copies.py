@@ -2,8 +2,8 @@
 
 Owns copies between emulated devices of the CPU backend: a shard is a view of host
 memory, so a piece that lies in one shard as it is needed is a view as well, and any
-other is put together by numpy. Invariant: no program is compiled, and what is alive of
-a shard's memory is for the greater part in use.
+other is put together by numpy. Invariant: no program is compiled, and a shard is lent
+only if all of it is in use as views.
 """
 
 import collections
@@ -61,16 +61,17 @@ def copy_on_host(
 
 
 def _lent(kind: Kind) -> set[int]:
-    """The sources of whose shards at least half goes on being used as views."""
+    """The sources whose shards go on being used as views, every element of them."""
     taken: dict[int, set[Part]] = collections.defaultdict(set)
     for parts in kind.parts.values():
         if len(parts) == 1 and parts[0].shape == kind.piece_shape:
             taken[parts[0].source].add(parts[0])
-    half = math.prod(kind.shard_shape) / 2
+    whole = math.prod(kind.shard_shape)
+    # A piece alone would keep the memory of the whole shard.
     return {
         source
         for source, parts in taken.items()
-        if sum({part.box: math.prod(part.shape) for part in parts}.values()) >= half
+        if sum({part.box: math.prod(part.shape) for part in parts}.values()) == whole
     }
 
 

@@ -48,14 +48,15 @@ def use_program_cache(directory: str | os.PathLike[str]) -> bool:
     same number of visible devices, JAX version and kind of machine.
 
     Args:
-        directory: Made if it is missing; nobody but this user may write there.
+        directory: Made if it is missing; nobody but this user may write there, and
+            from now on nobody else can read there (mode 0700).
 
     Returns:
         Whether it can be used; a directory that cannot be made is told in the log.
 
     Raises:
         ConfigError: If the directory is another user's, or others may write there:
-            what they put there would be run.
+            what they put there would be run. Or if there is no name.
 
     Example:
         >>> import jax, shardkit as sk, tempfile
@@ -65,7 +66,9 @@ def use_program_cache(directory: str | os.PathLike[str]) -> bool:
         >>> jax.config.update("jax_compilation_cache_dir", None)
         >>> directory.cleanup()
     """
-    path = Path(directory).absolute()
+    if not os.fspath(directory):
+        raise ConfigError("use_program_cache: expected a directory, found ''")
+    path = Path(directory).expanduser().absolute()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
@@ -73,7 +76,8 @@ def use_program_cache(directory: str | os.PathLike[str]) -> bool:
             raise ConfigError(
                 f"{path}: expected a directory that this user alone may write, since "
                 f"programs are loaded from it, found owner {status.st_uid} and mode "
-                f"{stat.S_IMODE(status.st_mode):04o}; remove it, or name another one"
+                f"{stat.S_IMODE(status.st_mode):04o}; run chmod 700 on it if all "
+                "in it is yours, or name another"
             )
         with contextlib.suppress(PermissionError):
             path.chmod(0o700)

@@ -44,13 +44,14 @@ class ProgramReport:
 
     def __str__(self) -> str:
         rows = [
-            ("work", _scaled(self.flops, "FLOP", 1000)),
-            ("memory accessed", _bytes(self.bytes_accessed)),
+            ("work *", _scaled(self.flops, "FLOP", 1000)),
+            ("memory accessed *", _bytes(self.bytes_accessed)),
             ("arguments", _bytes(self.argument_bytes)),
             ("results", _bytes(self.output_bytes)),
             ("  of these in place", _bytes(self.reused_bytes)),
             ("temporary", _bytes(self.temp_bytes)),
-            ("code", _bytes(self.code_bytes)),
+            # XLA says 0 where it does not count.
+            ("code", _bytes(self.code_bytes or None)),
         ]
         rows += [
             (f"{c.count} x {c.kind}", f"{_bytes(c.num_bytes)}  {c.note}".rstrip())
@@ -58,7 +59,8 @@ class ProgramReport:
         ]
         width = max(len(label) for label, _ in rows)
         title = f"{self.name} on {self.num_devices} devices, per device and execution"
-        return "\n".join([title, *(f"  {a:<{width}}  {b}" for a, b in rows)])
+        note = "  * XLA's estimate, with one pass of every loop: a part of the work"
+        return "\n".join([title, *(f"  {a:<{width}}  {b}" for a, b in rows), note])
 
 
 def report_program(

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from shardkit import carry
 from shardkit.bits import is_packed
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import ConfigError, InexactError, PartitionError
 from shardkit.layout import Layout
 from shardkit.mesh import device_ids
 from shardkit.places import Places
@@ -57,7 +57,9 @@ def reshard(
         The tree at its new place.
 
     Raises:
-        ConfigError: If `scratch_bytes` is too small, naming the least.
+        ConfigError: If `scratch_bytes` is too small, naming the least. Arrays that may
+            be used up are freed wave by wave, so that this can be more than for
+            arrays that stay, whose bytes count as held afterwards.
         PartitionError: If a sharding is of another kind or does not fit its leaf,
             naming the leaves.
         InexactError: If numbers in host memory have 64 bits and need them, which are
@@ -70,10 +72,20 @@ def reshard(
         >>> reshard({"w": jax.numpy.arange(4)}, sharding)["w"].sharding == sharding
         True
     """
+    if scratch_bytes is not None and type(scratch_bytes) is not int:
+        raise ConfigError(
+            f"scratch_bytes: expected a number of bytes, found {scratch_bytes!r}"
+        )
     leaves, treedef = jax.tree.flatten(tree)
     wanted, their_treedef = jax.tree.flatten(shardings)
     if their_treedef != treedef:
-        wanted = jax.tree.leaves(jax.tree.broadcast(shardings, tree))
+        try:
+            wanted = jax.tree.leaves(jax.tree.broadcast(shardings, tree))
+        except ValueError as error:
+            raise PartitionError(
+                f"reshard: shardings must be a tree like that of the arrays, or a "
+                f"prefix of it: {error}"
+            ) from None
     _check_shardings(tree, leaves, wanted)
     # What is in host memory is copied first, lest it be shared on the CPU.
     arrays: list[Any] = [

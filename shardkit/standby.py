@@ -78,6 +78,10 @@ def check_counts(counts: Iterable[int], num_pool: int) -> None:
     Raises:
         ConfigError: If the pool has no such number of devices; names all of them.
     """
+    if not isinstance(counts, Iterable):
+        raise ConfigError(
+            f"standby_counts: expected device counts such as (4, 2), found {counts!r}"
+        )
     wrong = [n for n in counts if type(n) is not int or not 1 <= n <= num_pool]
     if wrong:
         raise ConfigError(

@@ -147,6 +147,11 @@ class Trainer:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
         check_counts(standby_counts, len(pool))
+        if standby_counts and not standby:
+            raise ConfigError(
+                "Trainer: standby_counts says what to think of first, and standby=0 "
+                "that nothing is to be prepared; give standby=1 or more"
+            )
         first = data(0)
         check_batch(first, num_microbatches=num_microbatches, where="data(0)")
         like = _abstract(first)

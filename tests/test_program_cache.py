@@ -135,7 +135,9 @@ def test_a_directory_that_vanishes_costs_only_compilations(cache, looked):
 
 def test_a_directory_that_others_may_write_is_refused(tmp_path):
     tmp_path.chmod(0o770)
-    with pytest.raises(sk.ConfigError, match=r"this user alone.*mode 0770; remove it"):
+    with pytest.raises(
+        sk.ConfigError, match=r"this user alone.*mode 0770; run chmod 700"
+    ):
         use_program_cache(tmp_path)
 
 

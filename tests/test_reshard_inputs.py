@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from test_resharding import aligned, bits
 
 from shardkit import carry
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import ConfigError, InexactError, PartitionError
 from shardkit.resharding import reshard
 
 ALL_BITS = [
@@ -69,7 +69,9 @@ def test_what_cannot_be_placed_is_named_before_anything_is_used_up():
 
 @pytest.mark.parametrize("value", [np.array([1, 2**40]), np.array([0.1]), 2**40])
 def test_numbers_that_jax_would_alter_are_refused(value):
-    with pytest.raises(InexactError, match=r"b is (int|float)64, would be (int|float)32"):
+    with pytest.raises(
+        InexactError, match=r"b is (int|float)64, would be (int|float)32"
+    ):
         reshard({"a": np.arange(3), "b": value}, SingleDeviceSharding(jax.devices()[1]))
 
 
@@ -125,3 +127,14 @@ def test_other_memory_is_reached_and_left(monkeypatch, by_host, donate):
         assert back.sharding == half
         assert bits(back) == bits(truth)
         assert out.is_deleted() == donate
+
+
+def test_arguments_that_are_no_shardings_or_bytes_are_told():
+    x = jnp.ones(8)
+    with pytest.raises(PartitionError, match="expected a Sharding, found P"):
+        reshard({"a": x}, {"a": PartitionSpec("x")})
+    with pytest.raises(PartitionError, match="shardings must be a tree like that"):
+        reshard({"a": x, "b": x}, {"a": spread((0,), ())})
+    for wrong in ("4MiB", 1.5):
+        with pytest.raises(ConfigError, match=f"expected a number of bytes.*{wrong}"):
+            reshard(x, spread((0, 1), ("x",)), scratch_bytes=wrong)

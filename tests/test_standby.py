@@ -127,7 +127,7 @@ def test_configured_counts_are_prepared_before_guesses(make):
 @pytest.mark.parametrize("counts", [[9], [4, 0], [2.0], [True]])
 def test_counts_that_the_pool_has_not_are_refused(make, counts):
     with pytest.raises(sk.ConfigError, match=r"standby_counts: expected .* 1 to 8"):
-        make(standby_counts=counts)
+        make(standby=1, standby_counts=counts)
 
 
 def test_after_closing_nothing_is_begun():
@@ -222,3 +222,15 @@ def test_a_change_to_a_program_under_way_waits_for_that_one(make):
         if metrics.step == 3:
             threading.Timer(0.3, may_go.set).start()
     assert trainer.compiles["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"standby_counts": [3]}, "standby=0"),
+        ({"standby": 1, "standby_counts": 6}, "such as"),
+    ],
+)
+def test_counts_that_nobody_would_prepare_are_refused(make, options, said):
+    with pytest.raises(sk.ConfigError, match=said):
+        make(**options)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class RunDirectory:
             return cls(_claim(stem), config, resumes=False)
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out {out}: expected a directory, found a file")
+        _check_makeable(out)
         if not out.exists() or not any(out.iterdir()):
             return cls(out, config, resumes=False)
         if not resume:
@@ -176,4 +178,16 @@ def _check_same_run(out: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"--resume: {out} holds the run of another config:\n{rows}\n"
             "Ask for what is there, or choose another --out for a new run."
+        )
+
+
+def _check_makeable(out: Path) -> None:
+    """Refuses a directory that cannot be made or written, before anything runs."""
+    above = next(
+        (path for path in (out, *out.absolute().parents) if path.exists()), out
+    )
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"--out {out}: {above} is no directory in which this user can make files; "
+            "name another"
         )
