@@ -136,15 +136,19 @@ class Standby:
         Args:
             counts: Device counts, the likeliest first.
             present: Where the run is. What it has not compiled yet, but a change
-                needs, comes first, and counts as none of the `max_programs`. Nor
-                does what was made ready from elsewhere: only the move is new.
+                needs, comes after the likeliest count, whose program takes the
+                longest, and counts as none of the `max_programs`. Nor does what was
+                made ready from elsewhere: only the move is new.
         """
+        order = list(counts)
+        if present is not None:
+            order.insert(1, present)
         with self._changed:
             if self._is_closed:
                 return
             self._queue = [
                 (n, present, self._placements.preparing(n))
-                for n in ([] if present is None else [present]) + list(counts)
+                for n in order
                 if (present, n) not in self._ready
             ]
             if self._queue and self._thread is None:

@@ -85,18 +85,18 @@ def test_its_memory_is_bounded(limits):
     assert placements.seen == [5, 3]
 
 
-def test_where_the_run_is_comes_first_and_is_not_counted():
+def test_where_the_run_is_comes_second_and_is_not_counted():
     placements = Slow()
     standby = Standby(placements, max_programs=1)
     standby.expect([5, 3], present=8)
     for _ in range(2):
         placements.may_go.release()
     assert standby.wait(TIMEOUT_S)
-    assert placements.seen == [8, 5]
+    assert placements.seen == [5, 8]
     standby.expect([3], present=6)
     placements.may_go.release()
     assert standby.wait(TIMEOUT_S)
-    assert placements.seen == [8, 5, 6]
+    assert placements.seen == [5, 8, 6]
 
 
 def test_the_way_back_is_prepared_too_and_counts_as_no_program():
@@ -108,10 +108,10 @@ def test_the_way_back_is_prepared_too_and_counts_as_no_program():
     assert standby.wait(TIMEOUT_S)
     standby.expect([8, 3], present=5)
     assert standby.wait(TIMEOUT_S)
-    assert placements.seen == [8, 5, 5, 8]
+    assert placements.seen == [5, 8, 8, 5]
     standby.expect([8], present=5)
     assert standby.wait(TIMEOUT_S)
-    assert placements.seen == [8, 5, 5, 8]
+    assert placements.seen == [5, 8, 8, 5]
 
 
 def test_configured_counts_are_prepared_before_guesses(make):
