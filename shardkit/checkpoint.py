@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardkit.digest import combine_digests
 from shardkit.errors import RestoreError
+from shardkit.keys import is_key_dtype, raw
 from shardkit.layout import SHARD_AXIS, LeafLayout
 from shardkit.placement import Placement
 from shardkit.state_moves import from_host, to_host
@@ -104,7 +105,7 @@ class Checkpoints:
             jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
         ):
             padded = leaf.is_padded(mesh.shape[SHARD_AXIS])
-            leaves[_name(leaf)] = to_host(array, leaf) if padded else _data(array)
+            leaves[_name(leaf)] = to_host(array, leaf) if padded else raw(array)
         record = {
             "step": step,
             "digest": combine_digests(digests, layout),
@@ -252,24 +253,16 @@ def _name(leaf: LeafLayout) -> str:
     return leaf.path.replace("/", ".")
 
 
-def _is_key(dtype: Any) -> bool:
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _data(array: Any) -> Any:
-    return jax.random.key_data(array) if _is_key(array.dtype) else array
-
-
 def _storage(leaf: LeafLayout, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     abstract = leaf.abstract
-    if _is_key(leaf.dtype):
+    if is_key_dtype(leaf.dtype):
         abstract = jax.eval_shape(jax.random.key_data, abstract)
     return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=sharding)
 
 
 def _place(array: Any, leaf: LeafLayout, mesh: Mesh) -> Any:
     """Turns a stored array into a leaf, in memory that can be donated."""
-    if _is_key(leaf.dtype):
+    if is_key_dtype(leaf.dtype):
         return jax.random.wrap_key_data(array)
     if leaf.is_padded(mesh.shape[SHARD_AXIS]):
         return from_host(np.asarray(array.addressable_data(0)), leaf, mesh)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import UInt32
 
+from shardkit.keys import is_key_dtype
 from shardkit.layout import LeafLayout
 
 __all__ = ["combine_digests", "leaf_digest"]
@@ -29,7 +30,7 @@ _INDEX_KEY, _FIRST_KEY, _SECOND_KEY = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 
 def _bits(x: Array) -> Array:
     """Views an array as uint32 words, with a trailing dim of words per element."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if is_key_dtype(x.dtype):
         x = jax.random.key_data(x)
         return x.reshape(*x.shape[:-1], -1).astype(jnp.uint32)
     if x.dtype == jnp.bool_:

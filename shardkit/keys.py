@@ -8,8 +8,10 @@ References:
     Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
 """
 
+import functools
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int, PRNGKeyArray
@@ -19,7 +21,9 @@ from shardkit.errors import InexactError
 __all__ = [
     "check_generator",
     "example_keys",
+    "is_key_dtype",
     "rank_keys",
+    "raw",
     "root_key",
     "step_key",
     "stream",
@@ -29,6 +33,22 @@ _REASON = {
     "rbg": "its bits depend on how an array is sharded",
     "unsafe_rbg": "its bits depend on how an array is sharded, and splitting is weak",
 }
+
+
+@functools.cache
+def is_key_dtype(dtype: Any) -> bool:
+    """Whether an array of this dtype consists of random keys.
+
+    Example:
+        >>> is_key_dtype(jax.random.key(0).dtype), is_key_dtype(jax.numpy.uint32)
+        (True, False)
+    """
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def raw(x: Array) -> Array:
+    """What an array consists of: the data of keys, and anything else as it is."""
+    return jax.random.key_data(x) if is_key_dtype(x.dtype) else x
 
 
 def check_generator(key: PRNGKeyArray | None = None) -> None:

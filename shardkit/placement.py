@@ -21,7 +21,7 @@ from shardkit.collectives import gather_pieces
 from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
 from shardkit.gradient import MicrobatchLoop
-from shardkit.keys import root_key, stream
+from shardkit.keys import is_key_dtype, root_key, stream
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES
@@ -346,7 +346,7 @@ def put(x: Any, sharding: NamedSharding) -> Array:
     """Places a value that every process has on a mesh."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key):
+    if is_key_dtype(jnp.asarray(x).dtype):
         data = put(np.asarray(jax.random.key_data(x)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.make_array_from_callback(np.shape(x), sharding, lambda i: x[i])

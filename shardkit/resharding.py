@@ -21,13 +21,14 @@ from jax.sharding import NamedSharding, Sharding
 from shardkit import carry
 from shardkit.bits import is_packed
 from shardkit.errors import ConfigError, InexactError, PartitionError
+from shardkit.keys import is_key_dtype, raw
 from shardkit.layout import Layout
 from shardkit.mesh import device_ids
 from shardkit.places import Places
 from shardkit.transfer import plan_transfer
 from shardkit.tree import named_leaves
 
-__all__ = ["gathered", "is_key", "like", "raw", "reshard"]
+__all__ = ["gathered", "like", "reshard"]
 
 
 def reshard(
@@ -312,23 +313,8 @@ def gathered(array: Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def is_key(x: Any) -> bool:
-    """Whether it is an array of random keys, abstract or not."""
-    return _is_key_dtype(x.dtype)
-
-
-@functools.cache
-def _is_key_dtype(dtype: Any) -> bool:
-    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def raw(x: Array) -> Array:
-    """What a leaf consists of: the data of keys, and an array of anything else."""
-    return jax.random.key_data(x) if is_key(x) else x
-
-
-def like(raw: Array, x: Any) -> Array:
+def like(data: Array, x: Any) -> Array:
     """Makes keys of their data, if `x` is keys."""
-    if not (isinstance(x, Array) and is_key(x)):
-        return raw
-    return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(x))
+    if not (isinstance(x, Array) and is_key_dtype(x.dtype)):
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))

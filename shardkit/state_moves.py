@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from shardkit import carry
 from shardkit.errors import LostStateError
+from shardkit.keys import is_key_dtype, raw
 from shardkit.layout import SHARD_AXIS, Layout, LeafLayout
 from shardkit.places import Places
-from shardkit.resharding import gathered, is_key, like, raw
+from shardkit.resharding import gathered, like
 from shardkit.transfer import TransferPlan, plan_transfer
 
 __all__ = ["Moved", "compile_move", "from_host", "is_whole", "move_state", "to_host"]
@@ -167,7 +168,7 @@ def from_host(whole: np.ndarray, leaf: LeafLayout, mesh: Mesh) -> Array:
 
 
 def _raw_layout(leaf: LeafLayout) -> LeafLayout:
-    if not is_key(leaf.abstract):
+    if not is_key_dtype(leaf.dtype):
         return leaf
     raw = jax.eval_shape(jax.random.key_data, leaf.abstract)
     return dataclasses.replace(leaf, shape=raw.shape, dtype=raw.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from shardkit.keys import raw
 from shardkit.membership import Lost, scripted
 from shardkit.trainer import Trainer
 from shardkit.tree import format_table, named_leaves
@@ -91,10 +92,7 @@ def _difference(actual: Any, expected: Any) -> str:
 
 
 def _host(x: Any) -> np.ndarray:
-    is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(
-        x.dtype, jax.dtypes.prng_key
-    )
-    return np.asarray(jax.random.key_data(x) if is_key else x)
+    return np.asarray(raw(x) if isinstance(x, jax.Array) else x)
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:
