@@ -6,13 +6,13 @@ change is kept back, the newest; nobody waits for the thread. What being ready t
 and how a change is made, it does not know.
 """
 
-import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+from shardkit.background import Background
 from shardkit.events import EventLog
 from shardkit.membership import Change
 
@@ -25,6 +25,13 @@ class _Kept:
     deadline_s: float
     prepare: Callable[[], Any]
     is_ready: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def make(self) -> None:
+        """Makes what it waits for; where that fails, the change itself will tell."""
+        try:
+            self.prepare()
+        finally:
+            self.is_ready.set()
 
 
 class Overlap:
@@ -57,9 +64,8 @@ class Overlap:
     ) -> None:
         self._preparing, self._events = preparing, events
         self._kept: _Kept | None = None
-        self._changed = threading.Condition()
+        self._background = Background("shardkit-overlap", self._take)
         self._queued: _Kept | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def num_asked(self) -> int | None:
@@ -115,36 +121,21 @@ class Overlap:
 
     def _drop(self) -> None:
         self._kept = None
-        with self._changed:
+        with self._background.changed:
             self._queued = None
 
     def _begin(self, kept: _Kept) -> None:
-        with self._changed:
+        with self._background.changed:
             self._queued = kept
-            if self._thread is None:
-                # Not a daemon: an interpreter that ends while XLA compiles would crash.
-                self._thread = threading.Thread(
-                    target=self._work, name="shardkit-overlap"
-                )
-                self._thread.start()
+            self._background.begin()
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                kept, self._queued = self._queued, None
-                if kept is None:
-                    self._thread = None
-                    self._changed.notify_all()
-                    return
-            # What fails here fails again, and is told, when the change is made.
-            with contextlib.suppress(BaseException):
-                kept.prepare()
-            kept.is_ready.set()
+    def _take(self) -> Callable[[], None] | None:
+        kept, self._queued = self._queued, None
+        return None if kept is None else kept.make
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until nothing is being made; whether that was so in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._thread is None, timeout_s)
+        return self._background.wait(timeout_s)
 
     def close(self) -> None:
         """Forgets what is kept back; a second call does nothing.

@@ -5,12 +5,11 @@ those are. Invariant: nobody waits for it. It holds no state of a run; what it h
 compiled it leaves with the placements.
 """
 
-import contextlib
-import os
-import threading
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from shardkit.background import Background
 from shardkit.errors import ConfigError
 
 __all__ = ["Standby", "check_counts", "likely_counts"]
@@ -122,12 +121,13 @@ class Standby:
     ) -> None:
         self._placements, self.configured = placements, tuple(configured)
         self._programs_left, self._bytes_left = max_programs, max_bytes
-        self._changed = threading.Condition()
+        self._background = Background(
+            "shardkit-standby", self._take, niceness=_NICENESS
+        )
         self._queue: list[tuple[int, int | None, Callable[[], int]]] = []
         # From where to where everything is made, and for where a program.
         self._ready: set[tuple[int | None, int]] = set()
         self._made: set[int] = set()
-        self._thread: threading.Thread | None = None
         self._is_closed = False
 
     def expect(self, counts: Sequence[int], *, present: int | None = None) -> None:
@@ -143,7 +143,7 @@ class Standby:
         order = list(counts)
         if present is not None:
             order.insert(1, present)
-        with self._changed:
+        with self._background.changed:
             if self._is_closed:
                 return
             self._queue = [
@@ -151,48 +151,39 @@ class Standby:
                 for n in order
                 if (present, n) not in self._ready
             ]
-            if self._queue and self._thread is None:
-                # Not a daemon: an interpreter that ends while XLA compiles would crash.
-                self._thread = threading.Thread(
-                    target=self._work, name="shardkit-standby"
-                )
-                self._thread.start()
+            if self._queue:
+                self._background.begin()
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until there is nothing left to do; whether that was so in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._thread is None, timeout_s)
+        return self._background.wait(timeout_s)
 
     def close(self) -> None:
         """Begins nothing any more; a second call does nothing.
 
         What is being compiled cannot be stopped, and ends by itself.
         """
-        with self._changed:
+        with self._background.changed:
             self._is_closed = True
             self._queue = []
 
-    def _work(self) -> None:
-        # Of this thread alone, on Linux; elsewhere there is no such thing.
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        while True:
-            with self._changed:
-                if self._programs_left < 1 or self._bytes_left < 1:
-                    self._queue = [x for x in self._queue if self._is_free(*x[:2])]
-                if not self._queue:
-                    self._thread = None
-                    self._changed.notify_all()
-                    return
-                count, present, prepare = self._queue.pop(0)
-                is_free = self._is_free(count, present)
-                self._ready.add((present, count))
-                self._made.add(count)
-            num_bytes = 0
-            # What fails here fails again, and is told, when it is asked for.
-            with contextlib.suppress(BaseException):
-                num_bytes = prepare()
-            with self._changed:
+    def _take(self) -> Callable[[], None] | None:
+        if self._programs_left < 1 or self._bytes_left < 1:
+            self._queue = [x for x in self._queue if self._is_free(*x[:2])]
+        if not self._queue:
+            return None
+        count, present, prepare = self._queue.pop(0)
+        is_free = self._is_free(count, present)
+        self._ready.add((present, count))
+        self._made.add(count)
+        return functools.partial(self._make, prepare, is_free)
+
+    def _make(self, prepare: Callable[[], int], is_free: bool) -> None:
+        num_bytes = 0
+        try:
+            num_bytes = prepare()
+        finally:
+            with self._background.changed:
                 self._programs_left -= not is_free
                 self._bytes_left -= num_bytes
 
