@@ -12,7 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-TIMEOUT_S = 60
+from job import join
+
 LINE = re.compile(r"(hit|MISS) for '(?:jit_)?(\w+)'")
 
 
@@ -38,14 +39,7 @@ def main(directory, num_visible, *job):
 
     jax.config.update("jax_num_cpu_devices", int(num_visible))
     if job:
-        port, process_id, num_processes = map(int, job)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            coordinator_address=f"127.0.0.1:{port}",
-            num_processes=num_processes,
-            process_id=process_id,
-            initialization_timeout=TIMEOUT_S,
-        )
+        join(*job)
     looked = Looked()
     logger = logging.getLogger("jax._src.compiler")
     logger.setLevel(logging.DEBUG)

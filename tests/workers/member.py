@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-TIMEOUT_S = 60
+from job import join
 
 
 def main(port, process_id, num_processes, directory):
@@ -19,13 +19,7 @@ def main(port, process_id, num_processes, directory):
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8 // int(num_processes))
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=f"127.0.0.1:{port}",
-        num_processes=int(num_processes),
-        process_id=int(process_id),
-        initialization_timeout=TIMEOUT_S,
-    )
+    join(port, process_id, num_processes)
     assert len(jax.devices()) == 8
 
     from problems import evaluated_digits

@@ -6,7 +6,7 @@ python resharded.py PORT PROCESS_ID NUM_PROCESSES
 import sys
 from pathlib import Path
 
-TIMEOUT_S = 60
+from job import join
 
 
 def check(sk, array, truth, sharding):
@@ -28,13 +28,7 @@ def main(port, process_id, num_processes):
     import jax
 
     jax.config.update("jax_num_cpu_devices", 4)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=f"127.0.0.1:{port}",
-        num_processes=int(num_processes),
-        process_id=int(process_id),
-        initialization_timeout=TIMEOUT_S,
-    )
+    join(port, process_id, num_processes)
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import Mesh, NamedSharding
