@@ -220,7 +220,9 @@ def child(problem, path, num_devices):
 
 
 def row(name, way, times, base_s, ordinary_s):
-    low, middle, high = statistics.quantiles([1e3 * t for t in times], n=4)
+    times = [1e3 * t for t in times]
+    # Of a single one no quartiles can be told.
+    low, middle, high = statistics.quantiles(times if times[1:] else times * 2, n=4)
     ratio = "" if way == "shardkit" else f"{middle / 1e3 / base_s:.1f}"
     print(
         f"| {name} | {way} | {middle:.1f} [{low:.1f}, {high:.1f}] | {ratio} "

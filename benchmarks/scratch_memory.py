@@ -1,6 +1,6 @@
 """Whether a move keeps the limit on memory that it was given, on real devices.
 
-    python benchmarks/scratch_memory.py [--gib 4]
+    python benchmarks/scratch_memory.py [--gib 4] [--case NAME ...]
 
 Each case runs in a process of its own, since an allocator's peak is never reset. The
 bound is the larger of what a device holds before and after, and the limit.
@@ -69,6 +69,7 @@ def one(name, limit, num_bytes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=4.0)
+    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     num_bytes = int(arguments.gib * 2**30)
@@ -79,7 +80,7 @@ def main():
     print(HEADER, flush=True)
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, __file__, "--gib", str(arguments.gib), "--one"]
-    for name in CASES:
+    for name in arguments.case:
         for limit in LIMITS:
             out = subprocess.run(
                 [*command, name, str(limit)],

@@ -136,7 +136,9 @@ def _orders(
 
 def _shards(array: Array, order: Iterable[int]) -> dict[int, Array]:
     """The id of a device → its shard."""
-    if array.is_fully_replicated:
-        # Whose data is asked for by number would be the same device's each time.
+    order = list(order)
+    if array.is_fully_replicated and len(order) > 1:
+        # Whose data is asked for by number would be the same device's each time; but
+        # of a single shard the data keeps the mesh, for which nothing was compiled.
         return {shard.device.id: shard.data for shard in array.addressable_shards}
     return {id: array.addressable_data(i) for i, id in enumerate(order)}

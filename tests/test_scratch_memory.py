@@ -148,11 +148,16 @@ def test_programs_that_were_compiled_before_are_not_compiled_again(
     leaves += [LeafLayout(f"v{i}", (5, 37), np.dtype("int32"), 1) for i in range(3)]
     leaves += [LeafLayout("step", (), np.dtype("int32"), -1)]
     wanted = {"_cut", "_join", "jit(_cut)", "jit(_join)"}
-    for counts in ((3, 2), (2, 5), (4, 1)):
+    for counts in ((3, 2), (2, 5), (4, 1), (1, 2)):
         old, new = (MeshSpec(fsdp=-1).build(jax.devices()[1 : 1 + n]) for n in counts)
 
         def move(leaves=leaves, old=old, new=new):
             tree = [from_host(np.ones(x.shape, x.dtype), x, old) for x in leaves]
+            # As a step makes them: the only shard of one device then has the mesh's
+            # sharding, not the device's.
+            places = [x.sharding(old) for x in leaves]
+            copied = jax.jit(lambda tree: [x.copy() for x in tree], out_shardings=places)
+            tree = copied(tree)
             return move_state(tree, leaves, old, new, keep_source=keep)
 
         compile_move(leaves, old, new, keep_source=keep)
