@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from shardkit.checkpoint import Checkpoints
+from shardkit.checkpoint.manager import Checkpoints
 from shardkit.digest import combine_digests
 from shardkit.elastic import Transition, differences
 from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError

@@ -13,7 +13,7 @@ import optax
 
 from shardkit.arguments import check_call, check_choice
 from shardkit.batch import check_alike, check_batch
-from shardkit.checkpoint import CheckpointConfig, Checkpoints
+from shardkit.checkpoint.manager import CheckpointConfig, Checkpoints
 from shardkit.controller import Controller
 from shardkit.elastic import ask
 from shardkit.errors import ConfigError, MembershipError
