@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardkit.checkpoint import CheckpointConfig as CheckpointConfig
     from shardkit.errors import CertificateError as CertificateError
     from shardkit.errors import ConfigError as ConfigError
+    from shardkit.errors import DamagedError as DamagedError
     from shardkit.errors import DataError as DataError
     from shardkit.errors import InexactError as InexactError
     from shardkit.errors import LostStateError as LostStateError
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
 _MODULES = ("data", "keys", "nn")
 _HOMES = {
     "checkpoint": "CheckpointConfig",
-    "errors": "CertificateError ConfigError DataError InexactError LostStateError "
-    "MembershipError MeshError NonFiniteError PartitionError Preempted RestoreError "
-    "ShardkitError",
+    "errors": "CertificateError ConfigError DamagedError DataError InexactError "
+    "LostStateError MembershipError MeshError NonFiniteError PartitionError Preempted "
+    "RestoreError ShardkitError",
     "evaluation": "EvalConfig",
     "events": "EventLog",
     "logical_axes": "axes infer_shardings",

@@ -6,12 +6,12 @@ first in anything that a compiled program depends on. It loads and places nothin
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from shardkit.errors import DataError
 
-__all__ = ["check_alike", "check_batch"]
+__all__ = ["abstract_batch", "check_alike", "check_batch", "checked_data"]
 
 
 def _iterate_leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -129,3 +129,33 @@ def _explain_indivisible(
         f"found {size} rows in {', '.join(paths)}. Set num_microbatches to {counts}, "
         f"or the global batch size to a multiple of {num_microbatches} such as {rows}."
     )
+
+
+def abstract_batch(batch: Any) -> Any:
+    """Returns the shapes and dtypes of a batch."""
+    import jax
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+def checked_data(
+    data: Callable[[int], Any], num_microbatches: int
+) -> tuple[Any, Callable[[int], Any]]:
+    """Looks at the first batch, and sees to it that the others are like it.
+
+    Returns:
+        The first batch, abstractly, and what returns checked batches.
+
+    Raises:
+        DataError: If the first cannot be cut; later, if one is not like it.
+    """
+    first = data(0)
+    check_batch(first, num_microbatches=num_microbatches, where="data(0)")
+    like = abstract_batch(first)
+
+    def checked(step: int) -> Any:
+        batch = data(step)
+        check_alike(batch, like, where=f"data({step})")
+        return batch
+
+    return like, checked

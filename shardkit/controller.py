@@ -7,13 +7,14 @@ run stands where the state stands. When to do which of these is the trainer's bu
 
 import collections
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import Array
 
-from shardkit.checkpoint.manager import Checkpoints
+from shardkit.checkpoint.history import History
+from shardkit.checkpoint.remap import Remap
 from shardkit.digest import combine_digests
 from shardkit.elastic import Transition, differences
 from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError
@@ -61,8 +62,7 @@ class Controller:
         *,
         placements: Placements,
         data: Callable[[int], Any],
-        checkpoints: Checkpoints | None,
-        manifest: Mapping[str, Any],
+        history: History | None,
         certify: str,
         stop_on_failure: bool,
         events: EventLog,
@@ -73,14 +73,12 @@ class Controller:
         self.step = 0
         self.live: tuple[Placement, TrainState] | None = None
         self._prefetcher = Prefetcher(data)
-        self._checkpoints, self._manifest = checkpoints, dict(manifest)
+        self._history, self.metrics = history, dict[str, float]()
         self._certifies, self._stop_on_failure = certify, stop_on_failure
         self._standby, self.scripted = standby, list[int]()
         self._overlap = Overlap(self._preparing, events)
         self._num_here = 0
-        self._record: dict[str, Any] | None = None
-        self._own_steps: set[int] = set()
-        self._is_closed = self._is_lost = False
+        self._is_restored = self._is_closed = self._is_lost = False
         self._certified: set[tuple[int, ...]] = set()
 
     @property
@@ -96,7 +94,7 @@ class Controller:
     @property
     def saved_steps(self) -> list[int]:
         """The steps that can be gone back to, oldest first."""
-        return self._checkpoints.steps() if self._checkpoints is not None else []
+        return self._history.steps() if self._history is not None else []
 
     def start(self, num_devices: int | None = None) -> tuple[Placement, TrainState]:
         """Puts the state on devices if it is not on any: fresh, or restored."""
@@ -106,7 +104,7 @@ class Controller:
                     f"the state of step {self.step} was lost in a move that failed; "
                     "go on from a checkpoint, by Trainer.restore()"
                 )
-            if self._record is None:
+            if not self._is_restored:
                 self._check_unused()
             self.placements.present = None
             self._begin(self.placements.on(num_devices or self.num_devices))
@@ -115,10 +113,11 @@ class Controller:
         return self.live
 
     def _begin(self, placement: Placement) -> None:
-        if self._record is None:
-            self.live = placement, placement.init()
+        if self._is_restored:
+            self.step, state = self._saved().load(placement)
+            self.live = placement, state
         else:
-            self.live = placement, self._saved().load(self._record, placement)
+            self.live = placement, placement.init()
 
     def next_change(self, change: Change) -> Change:
         """Returns the change to make now; one with notice waits for its program.
@@ -298,44 +297,37 @@ class Controller:
         placement, state = self.start()
         return combine_digests(placement.digest(state), placement.layout)
 
-    def save(self) -> None:
+    def save(self, *, wait: bool) -> None:
         """Saves the state, unless this run has saved this very step already.
+
+        Args:
+            wait: Whether to return only when it is committed.
 
         Raises:
             ConfigError: If there is nowhere to.
             RestoreError: If another run has saved there meanwhile.
         """
         start_s = time.monotonic()
-        checkpoints = self._saved()
+        history = self._saved()
         placement, state = self.start()
-        if self.step not in self._own_steps:
-            if self.step in checkpoints.steps():
-                raise RestoreError(
-                    f"{checkpoints.directory}: step {self.step} has been saved by "
-                    "another run meanwhile. Give every run a directory of its own."
-                )
-            digests = placement.digest(state)
-            checkpoints.save(self.step, state, placement, digests, self._manifest)
-            self._own_steps.add(self.step)
+        history.save(self.step, state, placement, metrics=self.metrics, wait=wait)
         self.events.emit("checkpoint", since_s=start_s, step=self.step)
 
-    def restore(self, step: int | None) -> int:
+    def wait_for_saves(self) -> None:
+        """Waits until what is being saved is committed."""
+        if self._history is not None:
+            self._history.wait()
+
+    def restore(self, step: int | None, remap: Remap | None = None) -> int:
         """Goes to a saved step; the state is read when it is first needed."""
-        checkpoints = self._saved()
-        record = checkpoints.record(step)
-        changed = checkpoints.check(record, self._manifest)
-        if changed and self.placements.recipe.exact:
-            message = "bits may differ from the run that saved: " + ", ".join(changed)
-            self.events.emit("notice", message=message)
-        checkpoints.go_back(record["step"])
-        self._own_steps = {record["step"]}
-        self._record, self.live, self._is_lost = record, None, False
-        self.step = record["step"]
+        # What is live is given up first: two states may not fit.
+        self.step = self._saved().choose(step, remap)
+        self.live, self._is_restored, self._is_lost = None, True, False
         return self.step
 
     def leave(self) -> None:
         """Saves if there is where to and what, and stops."""
-        if self._checkpoints is None:
+        if self._history is None:
             raise Preempted(
                 f"asked to leave before step {self.step}; nothing is saved, since the "
                 "trainer was made without checkpoint=…"
@@ -345,7 +337,7 @@ class Controller:
                 f"asked to leave; nothing has changed since step {self.step}"
             )
         with self.waiter.ignoring():
-            self.save()
+            self.save(wait=True)
         raise Preempted(f"asked to leave; step {self.step} is saved")
 
     def wait_for_standby(self, timeout_s: float) -> bool:
@@ -358,9 +350,9 @@ class Controller:
         self._overlap.close()
         if self._standby is not None:
             self._standby.close()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-            self._checkpoints = None
+        if self._history is not None:
+            self._history.close()
+            self._history = None
             self._is_closed = True
 
     def _batch(self) -> Any:
@@ -376,12 +368,12 @@ class Controller:
                 "directory."
             )
 
-    def _saved(self) -> Checkpoints:
-        if self._checkpoints is None:
+    def _saved(self) -> History:
+        if self._history is None:
             if self._is_closed:
                 raise ConfigError("Trainer: closed; it neither saves nor restores")
             raise ConfigError(
                 "Trainer: made without checkpoint=CheckpointConfig(...), so it can "
                 "neither save nor restore"
             )
-        return self._checkpoints
+        return self._history

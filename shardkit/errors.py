@@ -8,6 +8,7 @@ to do about it. This module imports nothing.
 __all__ = [
     "CertificateError",
     "ConfigError",
+    "DamagedError",
     "DataError",
     "InexactError",
     "LostStateError",
@@ -67,3 +68,7 @@ class Preempted(ShardkitError, RuntimeError):
 
 class RestoreError(ShardkitError, RuntimeError):
     """A checkpoint that is missing, damaged or belongs to another run."""
+
+
+class DamagedError(RestoreError):
+    """A checkpoint whose bits are not those that were saved."""

@@ -36,6 +36,7 @@ class LeafLayout:
         shape: Its logical (global, unpadded) shape.
         dtype: Its dtype.
         dim: The dim that is cut along `fsdp`; -1 for none.
+        axes: The logical axis of every dim, for information; None if not annotated.
 
     Example:
         >>> leaf = LeafLayout("w", (5, 4), np.dtype("float32"), 0)
@@ -47,6 +48,7 @@ class LeafLayout:
     shape: tuple[int, ...]
     dtype: Any
     dim: int = -1
+    axes: tuple[str | None, ...] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:

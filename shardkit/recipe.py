@@ -19,6 +19,7 @@ from shardkit.errors import InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
 from shardkit.keys import stream
+from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
 from shardkit.model import LossOutput, as_loss_output
@@ -197,7 +198,9 @@ class Recipe:
         dims = dataclasses.replace(
             dims, params=param_dims, ema=None if self.ema is None else param_dims
         )
-        return make_layout(abstract, self._settle(abstract, dims)), warnings
+        layout = make_layout(abstract, self._settle(abstract, dims))
+        known = [(path, leaf.shape) for path, leaf in leaves]
+        return _with_axes(layout, dict(zip(known, names, strict=True))), warnings
 
     def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
         """Cuts the optimizer's state as its own update does, until nothing changes."""
@@ -307,3 +310,17 @@ def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:
             + format_table(bad)
             + "\nKeep counters and keys out of params, and cast float64 to float32."
         )
+
+
+def _with_axes(
+    layout: TrainState,
+    names: Mapping[tuple[str, tuple[int, ...]], tuple[str | None, ...] | None],
+) -> TrainState:
+    """Notes the logical axes of parameters, and of what has a parameter's place."""
+
+    def find(leaf: LeafLayout) -> tuple[str | None, ...] | None:
+        parts = leaf.path.split("/")
+        tails = ("/".join(parts[i:]) for i in range(1, len(parts)))
+        return next((x for tail in tails if (x := names.get((tail, leaf.shape)))), None)
+
+    return jax.tree.map(lambda leaf: dataclasses.replace(leaf, axes=find(leaf)), layout)

@@ -12,8 +12,10 @@ import jax
 import optax
 
 from shardkit.arguments import check_call, check_choice
-from shardkit.batch import check_alike, check_batch
-from shardkit.checkpoint.manager import CheckpointConfig, Checkpoints
+from shardkit.batch import abstract_batch, checked_data
+from shardkit.checkpoint.config import CheckpointConfig
+from shardkit.checkpoint.history import open_history
+from shardkit.checkpoint.remap import Remap
 from shardkit.controller import Controller
 from shardkit.elastic import ask
 from shardkit.errors import ConfigError, MembershipError
@@ -152,15 +154,7 @@ class Trainer:
                 "Trainer: standby_counts says what to think of first, and standby=0 "
                 "that nothing is to be prepared; give standby=1 or more"
             )
-        first = data(0)
-        check_batch(first, num_microbatches=num_microbatches, where="data(0)")
-        like = _abstract(first)
-
-        def checked(step: int) -> Any:
-            batch = data(step)
-            check_alike(batch, like, where=f"data({step})")
-            return batch
-
+        like, checked = checked_data(data, num_microbatches)
         waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
         certify = certify if consistency == "exact" else "off"
@@ -170,7 +164,7 @@ class Trainer:
             mesh or MeshSpec(),
             pool,
             like,
-            _abstract(eval.data(0)) if eval else like,
+            abstract_batch(eval.data(0)) if eval else like,
             self.events,
             waiter,
             certifies=certify,
@@ -178,8 +172,13 @@ class Trainer:
         self._controller = Controller(
             placements=placements,
             data=checked,
-            checkpoints=Checkpoints(checkpoint) if checkpoint else None,
-            manifest={**known, **(manifest or {})},
+            history=open_history(
+                checkpoint,
+                {**known, **(manifest or {})},
+                rows=jax.tree.leaves(like)[0].shape[0],
+                corpus_digest=getattr(data, "digest", None),
+                events=self.events,
+            ),
             certify=certify,
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
@@ -315,8 +314,9 @@ class Trainer:
                 self.evaluate()
             if self._checkpoint and self._is_due(self._checkpoint.every):
                 yield from pending.flush()
-                self.save()
+                self.save(wait=False)
         yield from pending.flush()
+        controller.wait_for_saves()
 
     def _first_step(self) -> dict[str, jax.Array]:
         """Runs the step after a change, and waits for it, to tell how long it took."""
@@ -341,24 +341,35 @@ class Trainer:
         with self.events.phase("eval", step=self.step) as fields:
             result = evaluate(self._eval, placement, state, self.step, get)
             fields.update(result)
+        self._controller.metrics = result
         return result
 
     def state_digest(self) -> str:
         """Digests the logical state; the same on every mesh."""
         return self._controller.digest()
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = True) -> None:
         """Saves the state now.
+
+        Args:
+            wait: Whether to return only when it is committed; the next save will wait.
 
         Raises:
             ConfigError: If the trainer was made without `checkpoint`.
         """
-        self._controller.save()
+        self._controller.save(wait=wait)
 
-    def restore(self, step: int | None = None) -> int:
+    def restore(self, step: int | None = None, remap: Remap | None = None) -> int:
         """Goes to a saved step, the newest by default, on whatever devices are there.
 
-        The state is read when it is first needed, onto the mesh that it is needed on.
+        The state is read, and verified block by block, when it is first needed. If
+        the newest turns out to be damaged and no certain step was asked for, the run
+        goes on from the newest that is whole, and a notice says so.
+
+        Args:
+            step: Which; the newest by default.
+            remap: Rules that make this run's state of what another layout, or another
+                library, has saved. The checkpoint may then be of another run.
 
         Returns:
             The step.
@@ -367,7 +378,7 @@ class Trainer:
             RestoreError: If there is none, or it is of another run.
             ConfigError: If the trainer was made without `checkpoint`.
         """
-        return self._controller.restore(step)
+        return self._controller.restore(step, remap)
 
     def wait_for_standby(self, timeout_s: float) -> bool:
         """Waits until nothing is made ready in the background; whether it was in time.
@@ -387,7 +398,3 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _abstract(batch: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)

@@ -10,6 +10,7 @@ import pytest
 from problems import PROBLEMS, consume, fields_of, linear
 
 import shardkit as sk
+from shardkit.checkpoint.manifest import FILE_NAME, sealed
 from shardkit.testing import assert_same_bits, run_digest
 
 
@@ -24,10 +25,11 @@ def saved(make, tmp_path):
 
 def edit_record(config, step, change):
     """Changes the record beside a saved state."""
-    [path] = config.directory.glob(f"{step}/record/metadata*")
+    path = config.directory / str(step) / "state" / FILE_NAME
     record = json.loads(path.read_text())
     change(record)
-    path.write_text(json.dumps(record))
+    del record["sha256"]
+    path.write_bytes(sealed(record))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_run_that_went_back_replaces_what_it_had_saved(make, tmp_path, end):
     assert again.state_digest() == run_digest(twin, end)["state"]
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"3", str(end)} | ({"6"} if end > 6 else set())
-    records = [p.read_text() for p in tmp_path.glob("*/record/metadata*")]
+    records = [p.read_text() for p in tmp_path.glob(f"*/state/{FILE_NAME}")]
     assert not any("damaged" in record for record in records)
 
 
@@ -186,17 +188,41 @@ def test_a_leaf_that_is_not_what_was_saved_is_named(make, saved):
     trainer, config = saved
 
     def change(record):
-        digest = record["leaves"]["opt_state/0/mu/kernel"]["digest"]
-        digest[3] = f"{int(digest[3], 16) ^ 1:08x}"
+        blocks = record["leaves"]["opt_state/0/mu/kernel"]["blocks"]
+        blocks[0] = f"{int(blocks[0], 16) ^ 1:032x}"
 
     edit_record(config, 2, change)
-    trainer.restore()
-    message = r"step 2 is damaged: 1 leaves .*: opt_state/0/mu/kernel"
-    with pytest.raises(sk.RestoreError, match=message):
+    trainer.restore(2)
+    message = r"2/state: damaged: 1 blocks .*\n  opt_state/0/mu/kernel  block 0 of 1"
+    with pytest.raises(sk.DamagedError, match=message):
         trainer.state  # noqa: B018
     # The step before is whole.
     trainer.restore(1)
     assert int(trainer.state.step) == 1
+
+
+@pytest.mark.parametrize("part", ["manifest", "arrays", "missing"])
+def test_a_damaged_step_is_passed_over_for_the_newest_that_is_whole(make, saved, part):
+    _, config = saved
+    item = config.directory / "2" / "state"
+    if part == "manifest":
+        path = item / FILE_NAME
+        path.write_bytes(path.read_bytes().replace(b"float32", b"float16"))
+    else:
+        # Which of them is read is TensorStore's affair.
+        for path in item.rglob("d/*"):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content) if part == "arrays" else path.unlink()
+    trainer, events = make(checkpoint=config)
+    first = trainer.restore()
+    found = run_digest(trainer, 4, {})
+    twin, _ = make()
+    assert found["state"] == run_digest(twin, 4)["state"]
+    assert first == (1 if part == "manifest" else 2)
+    assert [*found["steps"]] == [1, 2, 3]
+    [notice] = fields_of(events, "notice")
+    assert "step 2 cannot be restored, so an earlier one is" in notice["message"]
 
 
 def test_one_flipped_bit_in_a_file_is_found(make, tmp_path):
@@ -218,16 +244,16 @@ def test_one_flipped_bit_in_a_file_is_found(make, tmp_path):
     content[content.index(noise) + 500] ^= 0x10
     path.write_bytes(content)
     trainer.restore()
-    with pytest.raises(sk.RestoreError, match=r"1 leaves .*: params/noise"):
+    with pytest.raises(sk.RestoreError, match=r"params/noise +block 0 of 1"):
         trainer.state  # noqa: B018
 
 
 def test_a_record_that_cannot_be_read_is_an_error(make, saved):
     trainer, config = saved
-    [path] = config.directory.glob("2/record/metadata*")
+    path = config.directory / "2" / "state" / FILE_NAME
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(sk.RestoreError, match=r"record .* cannot be read"):
-        trainer.restore()
+    with pytest.raises(sk.DamagedError, match=f"{FILE_NAME}: damaged"):
+        trainer.restore(2)
 
 
 def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(make, tmp_path):
@@ -253,7 +279,6 @@ def test_another_run_that_saves_meanwhile_is_not_taken_for_this_one(make, tmp_pa
     consume(first, 2)
     consume(second, 2)
     first.save()
-    second._controller._checkpoints._manager.reload()
     with pytest.raises(sk.RestoreError, match="step 2 has been saved by another run"):
         second.save()
     assert fields_of(events, "checkpoint") == []

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # counts too: put off is still needed. Hence `optim` above the `config` it reads, and
 # `build` above "shardkit", the package itself, whose lazy names reach all below it.
 TIERS = [
-    "errors events version waits hlo background bits",
+    "errors events version waits hlo background bits blocks",
     "tree arguments mesh keys membership nn model places shards rounding jaxprs "
     "corpus batch prefetch standby program_cache program_report",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "

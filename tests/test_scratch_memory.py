@@ -156,7 +156,9 @@ def test_programs_that_were_compiled_before_are_not_compiled_again(
             # As a step makes them: the only shard of one device then has the mesh's
             # sharding, not the device's.
             places = [x.sharding(old) for x in leaves]
-            copied = jax.jit(lambda tree: [x.copy() for x in tree], out_shardings=places)
+            copied = jax.jit(
+                lambda tree: [x.copy() for x in tree], out_shardings=places
+            )
             tree = copied(tree)
             return move_state(tree, leaves, old, new, keep_source=keep)
 

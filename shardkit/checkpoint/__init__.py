@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardkit.checkpoint.manager import CheckpointConfig as CheckpointConfig
+    from shardkit.checkpoint.config import CheckpointConfig as CheckpointConfig
 
-_HOMES = {"manager": "CheckpointConfig"}
+_HOMES = {"config": "CheckpointConfig"}
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]

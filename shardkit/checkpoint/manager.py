@@ -1,49 +1,49 @@
-"""Checkpoints on disk that any mesh can read.
+"""The checkpoints of a run: what is saved of a state, and how it is read again.
 
-Owns saving a state through Orbax and restoring it onto another mesh. What is stored
-is logical: every leaf under its path with its unpadded shape, beside a JSON record
-with the digest of each leaf. Invariant: what is restored has the digests that were
-saved, or an error is raised. Retention is Orbax's; the atomic commit too.
+Owns saving a training state with its manifest in one atomic unit, in the background,
+and restoring it onto any mesh. Invariant: what is restored has, block by block, the
+digests of what was saved, or an error names the block. Storing, committing and
+retention are Orbax's.
 """
 
 import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shardkit.checkpoint.block_sums import BlockSums, hex_lanes
+from shardkit.checkpoint.config import CheckpointConfig
+from shardkit.checkpoint.manifest import FILE_NAME, LeafRecord, Manifest
+from shardkit.checkpoint.reader import Saved, open_checkpoint
+from shardkit.checkpoint.restore import Target, place
+from shardkit.checkpoint.stored import stored_name
+from shardkit.checkpoint.sums import check_sums, write_durably, write_sums
 from shardkit.digest import combine_digests
-from shardkit.errors import RestoreError
-from shardkit.keys import is_key_dtype, raw
+from shardkit.errors import ConfigError, DamagedError, RestoreError
+from shardkit.keys import raw
 from shardkit.layout import SHARD_AXIS, LeafLayout
 from shardkit.placement import Placement
-from shardkit.state_moves import from_host, to_host
+from shardkit.state_moves import to_host
 from shardkit.tree import format_table
 
-__all__ = ["CheckpointConfig", "Checkpoints", "fingerprint"]
+__all__ = ["Checkpoints", "Facts", "check_run", "compare_blocks", "load"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Where and when a `Trainer` saves.
+class Facts:
+    """What is saved beside a state; see `Manifest` for the fields."""
 
-    Attributes:
-        directory: Created if it is not there.
-        every: Steps between saves; 0 saves only when asked, or when leaving.
-        keep: How many checkpoints stay; None for all.
-    """
-
-    directory: str | Path
-    every: int = 0
-    keep: int | None = 2
+    run: Mapping[str, Any]
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    random: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def fingerprint() -> dict[str, str]:
@@ -62,7 +62,7 @@ def fingerprint() -> dict[str, str]:
 
 
 class Checkpoints:
-    """The checkpoints of one run; a thin layer over `orbax.checkpoint`.
+    """The checkpoints in one directory.
 
     Args:
         config: Where, and how many.
@@ -72,226 +72,245 @@ class Checkpoints:
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
-        import orbax.checkpoint as ocp
+        # Orbax takes a second to load, and not every run saves.
+        from shardkit.checkpoint.engine import Engine
+        from shardkit.checkpoint.retention import retention
 
-        self._ocp = ocp
         self.directory = Path(config.directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, enable_async_checkpointing=False
+        self._best = config.best_metric if config.keep_best else None
+        self._engine = Engine(
+            self.directory, keep=retention(config), compress=config.compress
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._abandoned: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps that are saved, oldest first, but for those gone back from."""
-        return sorted(set(self._manager.all_steps()) - self._abandoned)
+        """What is saved or being saved, oldest first, without what was left."""
+        return sorted(set(self._engine.steps()) - self._abandoned)
 
     def go_back(self, step: int) -> None:
         """Takes a step for the newest; the next save removes what is after it."""
-        self._abandoned = {s for s in self._manager.all_steps() if s > step}
+        self._abandoned = {s for s in self._engine.steps() if s > step}
 
-    def save(
-        self,
-        step: int,
-        state: Any,
-        placement: Placement,
-        digests: Mapping[str, np.ndarray],
-        manifest: Mapping[str, Any],
-    ) -> None:
-        """Saves a state; returns when it is committed."""
-        layout, mesh = placement.layout, placement.mesh
-        leaves = {}
-        for array, leaf in zip(
-            jax.tree.leaves(state), jax.tree.leaves(layout), strict=True
-        ):
-            padded = leaf.is_padded(mesh.shape[SHARD_AXIS])
-            leaves[_name(leaf)] = to_host(array, leaf) if padded else raw(array)
-        record = {
-            "step": step,
-            "digest": combine_digests(digests, layout),
-            "leaves": {
-                leaf.path: {
-                    "shape": list(leaf.shape),
-                    "dtype": str(leaf.dtype),
-                    "digest": _hex(digests[leaf.path]),
-                }
-                for leaf in jax.tree.leaves(layout)
-            },
-            "fingerprint": fingerprint(),
-            "manifest": dict(manifest),
-        }
-        args = self._ocp.args
+    def save(self, step: int, state: Any, placement: Placement, facts: Facts) -> None:
+        """Starts to save a state; returns when the state may change."""
+        leaves: list[LeafLayout] = jax.tree.leaves(placement.layout)
+        arrays = jax.tree.leaves(state)
+        sums = BlockSums(zip(leaves, arrays, strict=True))
+        sums.share()
+        count = placement.mesh.shape[SHARD_AXIS]
+        tree: dict[str, Any] = {}
+        for leaf, array in zip(leaves, arrays, strict=True):
+            if array.size:
+                # Padding is nothing that anybody else should see.
+                padded = leaf.is_padded(count)
+                _insert(tree, leaf.path, to_host(array, leaf) if padded else raw(array))
+        known = {"fingerprint": fingerprint(), "mesh": dict(placement.mesh.shape)}
+
+        def finish(directory: Path) -> None:
+            manifest = _manifest(step, leaves, sums.result(), facts, known)
+            write_durably(directory / FILE_NAME, manifest.to_bytes())
+            write_sums(directory)
+
         if step in self._abandoned:
-            self._manager.delete(step)
-        self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(leaves), record=args.JsonSave(record)
-            ),
-            # Without it nothing would be saved, nor said, before an abandoned step.
-            force=True,
-        )
+            self._engine.delete(step)
+        best = {k: float(v) for k, v in facts.metrics.items() if k == self._best}
+        self._engine.save(step, tree, finish, best)
         # What was kept no longer may be gone already.
-        for other in self._abandoned & set(self._manager.all_steps()) - {step}:
-            self._manager.delete(other)
+        for other in self._abandoned & set(self._engine.steps()) - {step}:
+            self._engine.delete(other)
         self._abandoned = set()
 
-    def record(self, step: int | None = None) -> dict[str, Any]:
-        """Reads what was recorded beside a state, the newest by default.
+    def wait(self) -> None:
+        """Waits until what is being saved is committed."""
+        self._engine.wait()
+
+    def reload(self) -> None:
+        """Waits, and looks at the directory anew."""
+        self._engine.reload()
+
+    def open(self, step: int) -> Saved:
+        """Opens what was saved at a step.
 
         Raises:
-            RestoreError: If there is no such checkpoint, or it cannot be read.
+            RestoreError: If it is not there, or its manifest cannot be read.
         """
-        saved = self.steps() if step is None else sorted(self._manager.all_steps())
-        if not saved or (step is not None and step not in saved):
+        saved = open_checkpoint(self._engine.item(step))
+        if saved.manifest is None or saved.manifest.step != step:
             raise RestoreError(
-                f"{self.directory}: expected a checkpoint"
-                + ("" if step is None else f" of step {step}")
-                + f", found {saved or 'none'}"
+                f"{self._engine.item(step)}: not what shardkit saved at step {step}"
             )
-        args = self._ocp.args
-        try:
-            found = self._manager.restore(
-                saved[-1] if step is None else step,
-                args=args.Composite(record=args.JsonRestore()),
-            )
-        except Exception as error:
-            raise RestoreError(
-                f"{self.directory}: the record of the checkpoint cannot be read: "
-                f"{error}"
-            ) from error
-        return found["record"]
-
-    def check(
-        self, record: Mapping[str, Any], manifest: Mapping[str, Any]
-    ) -> list[str]:
-        """Compares a record with the run that wants to go on from it.
-
-        Returns:
-            What differs in the environment, and could therefore change bits.
-
-        Raises:
-            RestoreError: If the checkpoint is of another run.
-        """
-        saved = record["manifest"]
-        manifest = json.loads(json.dumps(manifest))
-        rows = [
-            (key, f"saved {saved.get(key)!r}", f"now {value!r}")
-            for key in sorted(manifest.keys() | saved.keys())
-            if saved.get(key) != (value := manifest.get(key))
-        ]
-        if rows:
-            raise RestoreError(
-                f"{self.directory}: the checkpoint is of another run\n"
-                + format_table(rows)
-            )
-        now = fingerprint()
-        return [
-            f"{key} was {record['fingerprint'].get(key)}, is {value}"
-            for key, value in now.items()
-            if record["fingerprint"].get(key) != value
-        ]
-
-    def load(self, record: Mapping[str, Any], placement: Placement) -> Any:
-        """Restores a state onto a placement, and compares all digests.
-
-        Raises:
-            RestoreError: Naming every leaf that is missing, extra, reshaped, recast
-                or damaged.
-        """
-        layout, mesh = placement.layout, placement.mesh
-        _compare_leaves(record["leaves"], layout, str(self.directory))
-        leaves, treedef = jax.tree.flatten(layout)
-        replicated = NamedSharding(mesh, PartitionSpec())
-        count = mesh.shape[SHARD_AXIS]
-        wanted = {
-            _name(leaf): _storage(
-                leaf, replicated if leaf.is_padded(count) else leaf.sharding(mesh)
-            )
-            for leaf in leaves
-        }
-        args = self._ocp.args
-        try:
-            found = self._manager.restore(
-                record["step"], args=args.Composite(state=args.StandardRestore(wanted))
-            )["state"]
-        except Exception as error:
-            raise RestoreError(
-                f"{self.directory}: step {record['step']} cannot be read: {error}"
-            ) from error
-        # One after the other: a leaf is held twice, not the state.
-        state = [_place(found.pop(_name(leaf)), leaf, mesh) for leaf in leaves]
-        state = treedef.unflatten(state)
-        self._check_digests(record, placement.digest(state))
-        return state
-
-    def _check_digests(
-        self, record: Mapping[str, Any], digests: Mapping[str, np.ndarray]
-    ) -> None:
-        bad = [
-            path
-            for path, lanes in digests.items()
-            if _hex(lanes) != record["leaves"][path]["digest"]
-        ]
-        if bad:
-            raise RestoreError(
-                f"{self.directory}: step {record['step']} is damaged: {len(bad)} "
-                f"leaves are not what was saved: {', '.join(bad[:8])}. Restore another "
-                f"step of {self.steps()}."
-            )
+        return saved
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self._manager.close()
+        self._engine.close()
 
 
-def _hex(lanes: np.ndarray) -> list[str]:
-    return [f"{int(lane):08x}" for lane in lanes]
+def check_run(saved: Saved, run: Mapping[str, Any]) -> list[str]:
+    """Compares what was saved with the run that wants to go on from it.
+
+    Returns:
+        What differs in the environment, and could therefore change bits.
+
+    Raises:
+        RestoreError: If the checkpoint is of another run.
+    """
+    assert saved.manifest is not None
+    before, now = saved.manifest.run, json.loads(json.dumps(run))
+    rows = [
+        (key, f"saved {before.get(key)!r}", f"now {now.get(key)!r}")
+        for key in sorted(now.keys() | before.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if rows:
+        raise RestoreError(
+            f"{saved.directory}: the checkpoint is of another run\n"
+            + format_table(rows)
+        )
+    known = saved.manifest.fingerprint
+    return [
+        f"{key} was {known.get(key)}, is {value}"
+        for key, value in fingerprint().items()
+        if known.get(key) != value
+    ]
 
 
-def _name(leaf: LeafLayout) -> str:
-    return leaf.path.replace("/", ".")
+def load(saved: Saved, placement: Placement, *, verify: bool = True) -> Any:
+    """Restores a state onto a placement, and compares the digest of every block.
+
+    Args:
+        saved: The manifest, and the views to read.
+        placement: Where to.
+        verify: Whether the views are what the manifest's digests are of.
+
+    Raises:
+        RestoreError: Naming every leaf that is missing, extra, reshaped or recast, or
+            every block that is damaged, and the files that are.
+    """
+    leaves, treedef = jax.tree.flatten(placement.layout)
+    _compare_leaves(saved, leaves, recorded=verify)
+    targets = [Target.of_leaf(leaf, placement.mesh) for leaf in leaves]
+    sums, arrays, problem = BlockSums(), [], None
+    try:
+        for leaf, array in zip(leaves, place(saved.views, targets), strict=True):
+            # On their way to the next leaf, devices digest this one.
+            sums.add(leaf, array)
+            arrays.append(array)
+    except RestoreError as error:
+        problem = error
+    _agree(problem, str(saved.directory))
+    if verify:
+        sums.share()
+        compare_blocks(saved, sums.result())
+    return treedef.unflatten(arrays)
 
 
-def _storage(leaf: LeafLayout, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    abstract = leaf.abstract
-    if is_key_dtype(leaf.dtype):
-        abstract = jax.eval_shape(jax.random.key_data, abstract)
-    return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=sharding)
+def compare_blocks(saved: Saved, found: Mapping[str, np.ndarray]) -> None:
+    """Compares the digests of all blocks with those that were saved.
+
+    Raises:
+        DamagedError: Naming leaf, block and files.
+    """
+    assert saved.manifest is not None
+    bad = []
+    for path, table in found.items():
+        record = saved.manifest.leaves[path]
+        differs = (record.lanes() != table).any(axis=1)
+        grid = record.grid
+        for number, index in enumerate(grid if differs.any() else ()):
+            if differs[number]:
+                box = ", ".join(f"{a}:{b}" for a, b in grid.box(index))
+                bad.append((path, f"block {number} of {len(grid)}", f"[{box}]"))
+    if bad:
+        more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
+        files = check_sums(saved.directory) or ["none of its files has changed"]
+        raise DamagedError(
+            f"{saved.directory}: damaged: {len(bad)} blocks are not what was saved\n"
+            + format_table(bad[:20])
+            + more
+            + "\nfiles:\n  "
+            + "\n  ".join(files[:20])
+        )
 
 
-def _place(array: Any, leaf: LeafLayout, mesh: Mesh) -> Any:
-    """Turns a stored array into a leaf, in memory that can be donated."""
-    if is_key_dtype(leaf.dtype):
-        return jax.random.wrap_key_data(array)
-    if leaf.is_padded(mesh.shape[SHARD_AXIS]):
-        return from_host(np.asarray(array.addressable_data(0)), leaf, mesh)
-    # Arrays as Orbax returns them can refuse donation without a word.
-    return jax.jit(jnp.copy, out_shardings=leaf.sharding(mesh))(array)
+def _agree(problem: RestoreError | None, where: str) -> None:
+    """Raises if any process has a problem, so that none waits for it."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        failed = multihost_utils.process_allgather(np.array(problem is not None))
+        ranks = np.flatnonzero(failed)
+        if problem is None and len(ranks):
+            raise DamagedError(f"{where}: processes {ranks.tolist()} cannot read it")
+    if problem is not None:
+        raise problem
 
 
-def _compare_leaves(saved: Mapping[str, Any], layout: Any, where: str) -> None:
-    wanted = {
-        leaf.path: (list(leaf.shape), str(leaf.dtype))
-        for leaf in jax.tree.leaves(layout)
+def _manifest(
+    step: int,
+    leaves: Sequence[LeafLayout],
+    tables: Mapping[str, np.ndarray],
+    facts: Facts,
+    known: Mapping[str, Any],
+) -> Manifest:
+    digests = {
+        path: table.sum(axis=0, dtype=np.uint32) for path, table in tables.items()
     }
-    found = {path: (x["shape"], x["dtype"]) for path, x in saved.items()}
+    return Manifest(
+        step=step,
+        digest=combine_digests(digests, leaves),
+        leaves={
+            leaf.path: LeafRecord(
+                leaf.shape, str(leaf.dtype), hex_lanes(tables[leaf.path]), leaf.axes
+            )
+            for leaf in leaves
+        },
+        run=dict(facts.run),
+        data=dict(facts.data),
+        random=dict(facts.random),
+        metrics={name: float(value) for name, value in facts.metrics.items()},
+        **known,
+    )
+
+
+def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    if last in tree:
+        raise ConfigError(
+            f"{path}: would be stored as {stored_name(path)!r}, as another leaf is; "
+            "rename one of them"
+        )
+    tree[last] = value
+
+
+def _compare_leaves(
+    saved: Saved, leaves: Sequence[LeafLayout], *, recorded: bool
+) -> None:
+    wanted = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves}
+    found = {path: view.describe() for path, view in saved.views.items()}
+    if recorded and saved.manifest is not None:
+        records = saved.manifest.leaves
+        found = {path: f"{x.dtype}{list(x.shape)}" for path, x in records.items()}
+    else:
+        # Keys are read as their words, whatever they come from.
+        stored = {leaf.path: jax.eval_shape(raw, leaf.abstract) for leaf in leaves}
+        wanted = {path: f"{x.dtype}{list(x.shape)}" for path, x in stored.items()}
     rows = [
         (
             path,
-            f"expected {_describe(wanted.get(path))}",
-            f"found {_describe(found.get(path))}",
+            f"expected {wanted.get(path, 'nothing')}",
+            f"found {found.get(path, 'nothing')}",
         )
         for path in sorted(wanted.keys() | found.keys())
         if wanted.get(path) != found.get(path)
     ]
     if rows:
         raise RestoreError(
-            f"{where}: {len(rows)} leaves of the checkpoint are not those of this run\n"
+            f"{saved.directory}: {len(rows)} leaves of the checkpoint are not those of "
+            "this run\n"
             + format_table(rows)
-            + "\nRestore with the model and the optimizer that were saved."
+            + "\nRestore with the model and the optimizer that were saved, or give "
+            "rules that make one of the other (Trainer.restore(remap=…))."
         )
-
-
-def _describe(leaf: tuple[list[int], str] | None) -> str:
-    return "nothing" if leaf is None else f"{leaf[1]}{leaf[0]}"

@@ -1,0 +1,129 @@
+"""Orbax, as far as shardkit asks it to store and to commit.
+
+Owns the one adapter to `orbax.checkpoint`: a directory of numbered checkpoints, each
+written in the background and there as a whole or not at all. Invariant: what `finish`
+writes is part of that whole. It knows nothing of meshes, manifests or digests.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from shardkit.checkpoint.reader import saved_steps
+from shardkit.errors import RestoreError
+
+__all__ = ["ITEM", "Engine", "Keep"]
+
+ITEM = "state"
+"""The directory below a step in which the arrays are."""
+
+_CHUNK_BYTES = 16 << 20
+"""What is read at once at least; a shard that is larger is stored in several."""
+
+Keep = checkpoint_managers.PreservationPolicy
+Finish = Callable[[Path], None]
+
+
+class _Handler(ocp.PyTreeCheckpointHandler):
+    """Orbax's own handler of trees, which lets others add to what it commits."""
+
+    def __init__(self, *, use_compression: bool) -> None:
+        super().__init__(use_compression=use_compression)
+        self.finish: Finish = lambda directory: None
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        if jax.process_index() == 0:
+            self.finish(Path(directory))
+
+
+class Engine:
+    """A directory of checkpoints, by step.
+
+    Args:
+        directory: Created if it is not there.
+        keep: Which checkpoints stay; None for all.
+        compress: Whether arrays are compressed by zstd.
+
+    Raises:
+        RestoreError: If the directory cannot be used.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: Keep | None = None, compress: bool = False
+    ) -> None:
+        self.directory = directory
+        self._handler = _Handler(use_compression=compress)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add(ITEM, ocp.args.PyTreeSave, self._handler)
+        # What is not complete goes when the next is saved: it is no checkpoint.
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=True
+        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory, options=options, handler_registry=registry
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RestoreError(f"{directory}: cannot be used: {error}") from error
+
+    def steps(self) -> list[int]:
+        """What is saved or being saved, by whomever, oldest first."""
+        return sorted({*self._manager.all_steps(), *saved_steps(self.directory)})
+
+    def item(self, step: int) -> Path:
+        """Where the arrays of a step are."""
+        return self.directory / str(step) / ITEM
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        finish: Finish,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save; returns when the arrays may change.
+
+        Args:
+            step: The number of the checkpoint.
+            tree: Nested dicts of arrays.
+            finish: Called in another thread with the directory of the arrays, when
+                they are written and before they are committed.
+            metrics: For what keeps the best.
+        """
+        # The one before is committed first, as Orbax would see to it too.
+        self.wait()
+        self._handler.finish = finish
+        save_args = jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree
+        )
+        item = ocp.args.PyTreeSave(tree, save_args=save_args)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**{ITEM: item}),
+            metrics=dict(metrics) if metrics else None,
+            # Without it nothing would be saved, nor said, before an abandoned step.
+            force=True,
+        )
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint, if it is not being deleted already."""
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+
+    def wait(self) -> None:
+        """Waits until what was saved is committed; raises what went wrong there."""
+        self._manager.wait_until_finished()
+
+    def reload(self) -> None:
+        """Waits, and looks at the directory anew."""
+        self.wait()
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Waits, and ends Orbax's threads."""
+        self._manager.close()

@@ -1,0 +1,205 @@
+"""What a run does with its checkpoints: saves, and goes back to what is whole.
+
+Owns which step a run goes on from, and which ones are its own. Invariant: nothing is
+live before it is verified; and where no certain step was asked for, a damaged one is
+passed over for the newest that is whole, which is told.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardkit.checkpoint.config import CheckpointConfig
+from shardkit.checkpoint.manager import Checkpoints, Facts, check_run, load
+from shardkit.checkpoint.reader import Saved
+from shardkit.checkpoint.remap import Remap
+from shardkit.errors import DamagedError, RestoreError
+from shardkit.events import EventLog
+from shardkit.placement import Placement
+
+__all__ = ["History", "open_history"]
+
+
+class History:
+    """The saved steps of one run.
+
+    Args:
+        checkpoints: Where they are.
+        run: What a checkpoint must share to be restored.
+        random: How the run makes its keys; for information.
+        cursor: What says, with the step, where the data goes on: `rows` in a global
+            batch, and the digest of a corpus that has one.
+        events: Where what happens is told.
+        exact: Whether the run promises its bits.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        run: Mapping[str, Any],
+        random: Mapping[str, Any],
+        cursor: Mapping[str, Any],
+        events: EventLog,
+        *,
+        exact: bool,
+    ) -> None:
+        self._checkpoints, self._events, self._exact = checkpoints, events, exact
+        self._run, self._random, self._cursor = dict(run), dict(random), dict(cursor)
+        self._chosen: Saved | None = None
+        self._is_certain, self._remap = False, None
+        self._own: set[int] = set()
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints are."""
+        return self._checkpoints.directory
+
+    def steps(self) -> list[int]:
+        """The steps that can be gone back to, oldest first."""
+        return self._checkpoints.steps()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        placement: Placement,
+        *,
+        metrics: Mapping[str, float],
+        wait: bool,
+    ) -> None:
+        """Saves the state, unless this run has saved this very step already.
+
+        Raises:
+            RestoreError: If another run has saved there meanwhile.
+        """
+        if step not in self._own:
+            if step in self._checkpoints.steps():
+                raise RestoreError(
+                    f"{self._checkpoints.directory}: step {step} has been saved by "
+                    "another run meanwhile. Give every run a directory of its own."
+                )
+            position = {"next_step": step, "examples": step * self._cursor["rows"]}
+            facts = Facts(
+                run=self._run,
+                data={**position, **self._cursor},
+                random=self._random,
+                metrics=metrics,
+            )
+            self._checkpoints.save(step, state, placement, facts)
+            self._own.add(step)
+        if wait:
+            self._checkpoints.wait()
+
+    def choose(self, step: int | None, remap: Remap | None = None) -> int:
+        """Chooses the step to go on from, the newest by default; nothing is read yet.
+
+        Raises:
+            RestoreError: If there is none that can be.
+        """
+        self._checkpoints.reload()
+        saved = self._checkpoints.steps()
+        if not saved or step not in (None, *saved):
+            raise RestoreError(
+                f"{self._checkpoints.directory}: expected a checkpoint"
+                + ("" if step is None else f" of step {step}")
+                + f", found {saved or 'none'}"
+            )
+        self._is_certain, self._remap = step is not None, remap
+        return self._take([step] if step is not None else saved[::-1])
+
+    def load(self, placement: Placement) -> tuple[int, Any]:
+        """Reads the chosen step, or the newest before it that is whole.
+
+        Returns:
+            The step that it was, and the state.
+
+        Raises:
+            RestoreError: If nothing can be restored.
+        """
+        while True:
+            assert self._chosen is not None
+            manifest = self._chosen.manifest
+            assert manifest is not None
+            try:
+                return manifest.step, self._read(self._chosen, placement)
+            except DamagedError as error:
+                earlier = [s for s in self.steps() if s < manifest.step]
+                if self._is_certain or not earlier:
+                    raise
+                self._pass_over(manifest.step, error)
+                self._take(earlier[::-1])
+
+    def _read(self, saved: Saved, placement: Placement) -> Any:
+        if self._remap is None:
+            return load(saved, placement)
+        # Digests are of what was saved, not of what is made of it.
+        saved.verified()
+        made = Saved(saved.directory, saved.manifest, self._remap.apply(saved.views))
+        return load(made, placement, verify=False)
+
+    def _take(self, steps: list[int]) -> int:
+        """Chooses the first of some steps of which the manifest is whole."""
+        for step in steps:
+            try:
+                saved = self._checkpoints.open(step)
+            except DamagedError as error:
+                if step == steps[-1]:
+                    raise
+                self._pass_over(step, error)
+                continue
+            self._check(saved)
+            self._chosen, self._own = saved, {step}
+            self._checkpoints.go_back(step)
+            return step
+        raise AssertionError("no step was given")
+
+    def _check(self, saved: Saved) -> None:
+        # What is made by rules is another run.
+        changed = [] if self._remap else check_run(saved, self._run)
+        if changed and self._exact:
+            message = "bits may differ from the run that saved: " + ", ".join(changed)
+            self._events.emit("notice", message=message)
+
+    def _pass_over(self, step: int, error: DamagedError) -> None:
+        message = f"step {step} cannot be restored, so an earlier one is: {error}"
+        self._events.emit("notice", message=message)
+
+    def wait(self) -> None:
+        """Waits until what is being saved is committed."""
+        self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._checkpoints.close()
+
+
+def open_history(
+    config: CheckpointConfig | None,
+    run: Mapping[str, Any],
+    *,
+    rows: int,
+    corpus_digest: str | None,
+    events: EventLog,
+) -> History | None:
+    """Opens the checkpoints of a run; None for a run that keeps none.
+
+    Args:
+        config: Where they are.
+        run: What a checkpoint must share: `seed` and `consistency` among it.
+        rows: Examples in a global batch.
+        corpus_digest: Of the data, if it has one.
+        events: Where what happens is told.
+    """
+    if config is None:
+        return None
+    corpus = {} if corpus_digest is None else {"corpus_digest": corpus_digest}
+    # Other generators are refused, see `keys`.
+    random = {"seed": run["seed"], "generator": "threefry2x32", "partitionable": True}
+    return History(
+        Checkpoints(config),
+        {**corpus, **run},
+        random,
+        {"rows": rows, **corpus},
+        events,
+        exact=run["consistency"] == "exact",
+    )

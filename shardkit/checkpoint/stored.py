@@ -1,0 +1,145 @@
+"""Arrays on disk as Orbax writes them, read box by box.
+
+Owns how a stored array is opened through TensorStore: neither the mesh that saved nor
+Orbax is needed, and no more than a chunk is read beside what was asked for. It
+verifies nothing.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardkit.checkpoint.views import Box, View, box_slices
+from shardkit.errors import DamagedError
+
+__all__ = ["METADATA_NAME", "StoredView", "stored_name", "tree_names"]
+
+METADATA_NAME = "_METADATA"
+_MAX_BYTES = 1 << 28
+_BAD_JSON = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+
+
+def stored_name(path: str) -> str:
+    """How Orbax calls the array at a path.
+
+    >>> stored_name("params/layers/0")
+    'params.layers.0'
+    """
+    return path.replace("/", ".")
+
+
+class StoredView(View):
+    """One stored array; it is opened when it is first needed.
+
+    Args:
+        directory: Of the item that it is in.
+        path: Its path in the tree.
+        shape: What it has to have, if that is known.
+        dtype: Likewise.
+
+    Raises:
+        DamagedError: When it is opened or read, if it cannot be.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        path: str,
+        shape: tuple[int, ...] | None = None,
+        dtype: np.dtype | None = None,
+    ) -> None:
+        self._directory, self._path = directory, path
+        self._store: Any = None
+        self._lock = threading.Lock()
+        if shape is None or dtype is None:
+            store = self._open()
+            shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._check()
+
+    def read(self, box: Box) -> np.ndarray:
+        """Reads one box: see `View.read`."""
+        if not self.shape or all(stop > start for start, stop in box):
+            store = self._open()
+            try:
+                return np.asarray(store[box_slices(box)].read().result(), order="C")
+            except (ValueError, OSError, IndexError) as error:
+                raise self._error(error) from None
+        return np.zeros([stop - start for start, stop in box], self.dtype)
+
+    def _check(self) -> None:
+        if self._store is None:
+            return
+        found = tuple(self._store.shape), self._store.dtype.numpy_dtype
+        if found != (self.shape, self.dtype):
+            raise self._error(
+                f"expected {self.describe()}, found {found[1]}{list(found[0])}"
+            )
+
+    def _open(self) -> Any:
+        with self._lock:
+            if self._store is None:
+                self._store = self._opened()
+                if hasattr(self, "dtype"):
+                    self._check()
+            return self._store
+
+    def _opened(self) -> Any:
+        import tensorstore as ts
+
+        name = f"{stored_name(self._path)}/"
+        base = {"driver": "file", "path": f"{self._directory}/"}
+        if (self._directory / "manifest.ocdbt").exists():
+            kvstore = {"driver": "ocdbt", "base": base, "path": name}
+        else:
+            kvstore = {**base, "path": base["path"] + name}
+        problem: Exception | None = None
+        for driver in ("zarr", "zarr3"):
+            spec = {"driver": driver, "kvstore": kvstore}
+            try:
+                return ts.open(spec, open=True, read=True).result()
+            except (ValueError, OSError) as error:
+                problem = problem or error
+        raise self._error(problem)
+
+    def _error(self, problem: Any) -> DamagedError:
+        # TensorStore ends its messages with where in its own source they arose.
+        text = re.sub(r"\s*\[(source locations|tensorstore_spec)=.*", "", str(problem))
+        return DamagedError(
+            f"{self._directory}: {self._path} cannot be read: {text:.300}"
+        )
+
+
+def tree_names(directory: Path) -> Iterator[str]:
+    """Lists the paths of the arrays of a tree that Orbax saved.
+
+    Raises:
+        DamagedError: If there is no such tree.
+    """
+    path = directory / METADATA_NAME
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        for entry in json.loads(path.read_bytes())["tree_metadata"].values():
+            kind = entry["value_metadata"]["value_type"]
+            parts = [str(key["key"]) for key in entry["key_metadata"]]
+            if any("/" in part or part in ("", ".", "..") for part in parts):
+                raise ValueError(f"{parts} is no path")
+            if kind in ("jax.Array", "np.ndarray", "scalar"):
+                yield "/".join(parts)
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: missing; expected Orbax's") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as e:
+        raise DamagedError(f"{path}: damaged: {type(e).__name__}: {e!s:.200}") from None
