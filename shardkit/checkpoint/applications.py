@@ -7,11 +7,15 @@ applies nothing.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from shardkit.checkpoint.rules import Key, Rule
 
 __all__ = ["Application", "match_rules"]
+
+
+_MAX_LISTED = 100
 
 
 @dataclasses.dataclass
@@ -39,17 +43,12 @@ class Application:
         numbers = {"": range(len(self.rule.sources))}
         for name in self.rule.collected:
             numbers[name] = range(max(dict(key)[name] for key in self.sources) + 1)
-        if len(self.sources) == _product(map(len, numbers.values())):
+        if len(self.sources) == math.prod(map(len, numbers.values())):
             return []
-        choices = [[(name, n) for n in some] for name, some in numbers.items()]
-        keys = (key for key in itertools.product(*choices))
-        lacking = (frozenset(key) for key in keys if frozenset(key) not in self.sources)
+        lacking = (key for key in _keys(numbers) if key not in self.sources)
         # A path numbered a billion makes a billion others absent.
         some = itertools.islice(lacking, _MAX_LISTED)
         return [self.rule.source(key, self.bound) for key in some]
-
-
-_MAX_LISTED = 100
 
 
 def match_rules(
@@ -101,8 +100,12 @@ def _is_number(text: str) -> bool:
     )
 
 
-def _product(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+def _keys(numbers: Mapping[str, range]) -> Iterator[Key]:
+    """Yields every choice of one number for each name, without listing them first."""
+    if not numbers:
+        yield frozenset()
+        return
+    (name, choices), *rest = numbers.items()
+    for number in choices:
+        for key in _keys(dict(rest)):
+            yield key | {(name, number)}

@@ -7,12 +7,7 @@ name in a rule's pattern, or by the place of a pattern in the rule.
 import dataclasses
 from collections.abc import Sequence
 
-from shardkit.checkpoint.layout_views import (
-    ConcatView,
-    IndexView,
-    SliceView,
-    StackView,
-)
+from shardkit.checkpoint.layout_views import ConcatView, IndexView, SliceView, StackView
 from shardkit.checkpoint.remap_op import (
     NEEDS_TREE,
     Op,
