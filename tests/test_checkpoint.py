@@ -1,5 +1,6 @@
 """What is saved can be read on any mesh, by the run that saved it and no other."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import PROBLEMS, consume, fields_of, linear
+from problems import PROBLEMS, consume, fields_of, linear, linear_data
 
 import shardkit as sk
 from shardkit.checkpoint.manifest import FILE_NAME, sealed
+from shardkit.checkpoint.remap import Remap
+from shardkit.checkpoint.remap_ops import Drop, Transpose
+from shardkit.checkpoint.rules import Rule
 from shardkit.testing import assert_same_bits, run_digest
 
 
@@ -299,3 +303,60 @@ def test_after_closing_the_message_is_true(make, tmp_path):
     trainer.close()
     with pytest.raises(sk.ConfigError, match="closed"):
         trainer.save()
+
+
+def test_rules_make_a_state_of_what_another_layout_has_saved(make, tmp_path):
+    def init(key):
+        return {
+            "head": {"weight": sk.axes(jax.random.normal(key, (3, 5)), "out", "in")},
+            "bias": sk.axes(jnp.ones(3), "out"),
+        }
+
+    def loss(params, microbatch, key):
+        plain = {"kernel": params["head"]["weight"].T, "bias": params["bias"]}
+        return linear()["loss"](plain, microbatch, key)
+
+    options = {"checkpoint": sk.CheckpointConfig(directory=tmp_path)}
+    trainer, _ = make(**options)
+    consume(trainer, 2)
+    trainer.save()
+    other, _ = make(init=init, loss=loss, **options)
+    rule = Rule("params/kernel", "params/head/weight", Transpose(1, 0))
+    remap = Remap([rule], keep_rest=True, follow=["opt_state/{n}/{m}", "opt_state"])
+    other.restore()
+    with pytest.raises(sk.RestoreError, match="leaves of the checkpoint are not"):
+        other.state  # noqa: B018
+    assert other.restore(remap=remap) == 2
+    old, new = trainer.state, other.state
+    assert (np.asarray(new.params["head"]["weight"]) == old.params["kernel"].T).all()
+    moments = new.opt_state[0].mu["head"]["weight"], old.opt_state[0].mu["kernel"]
+    assert (np.asarray(moments[0]) == np.asarray(moments[1]).T).all()
+    assert int(new.step) == 2
+    # What is left out begins anew only where that is allowed.
+    lost = Remap([rule, Rule("opt_state/{x...}", [], Drop())], keep_rest=True)
+    other.restore(remap=lost)
+    with pytest.raises(sk.RestoreError, match="opt_state/0/mu/head/weight"):
+        other.state  # noqa: B018
+    other.restore(remap=dataclasses.replace(lost, allow=["opt_state/{x...}"]))
+    assert not np.asarray(other.state.opt_state[0].mu["head"]["weight"]).any()
+
+
+def test_the_best_and_those_at_intervals_stay_too(make, tmp_path):
+    config = sk.CheckpointConfig(
+        directory=tmp_path, every=1, keep=1, keep_every=4, keep_best=2
+    )
+    evaluation = sk.EvalConfig(data=linear_data, every=1)
+    trainer, events = make(checkpoint=config, eval=evaluation, tx=optax.sgd(0.9))
+    consume(trainer, 7)
+    losses = {fields["step"]: fields["loss"] for fields in fields_of(events, "eval")}
+    assert sorted(losses.values()) != [*losses.values()]
+    best = sorted(losses, key=losses.get)[:2]
+    assert {*trainer.saved_steps} == {4, 7, *best}
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": 0}, {"every": -1}, {"keep_every": 0}, {"best_mode": "low"}]
+)
+def test_options_that_cannot_be_used_are_named(options, tmp_path):
+    with pytest.raises(sk.ConfigError, match=next(iter(options))):
+        sk.CheckpointConfig(directory=tmp_path, **options)

@@ -6,7 +6,7 @@ the result does not depend on the sharding.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from shardkit.digest import shard_digests
 from shardkit.keys import raw
 from shardkit.layout import LeafLayout
 
-__all__ = ["BlockSums", "hex_lanes"]
+__all__ = ["BlockSums", "BlockTable", "hex_lanes"]
 
 
 class BlockSums:
@@ -94,30 +94,50 @@ class _Leaf:
 
     def table(self) -> np.ndarray:
         """Adds up what the shards of this process know: `uint32 [blocks, 4]`."""
-        grid = self._blocks.grid
-        table = np.zeros((4, *grid), np.uint32)
+        table = BlockTable(self._blocks)
         for shard in self._sums.addressable_shards if self._sums is not None else ():
             if shard.replica_id == 0:
-                self._add(table, np.asarray(shard.data)[0], shard.index[2:])
-        return np.moveaxis(table, 0, -1).reshape(-1, 4)
+                sums = np.asarray(shard.data)[0]
+                starts = [i.start or 0 for i in shard.index[2:]]
+                if starts:
+                    starts[-1] = starts[-1] // sums.shape[-1] * self._piece
+                table.add(sums, starts)
+        return table.lanes()
 
-    def _add(
-        self, table: np.ndarray, sums: np.ndarray, index: tuple[slice, ...]
-    ) -> None:
-        starts = [i.start or 0 for i in index]
-        if starts:
-            piece = starts[-1] // sums.shape[-1]
-            starts[-1] = piece * self._piece // self._blocks.chunk
+
+class BlockTable:
+    """Sums of blocks, as parts of a leaf add to them.
+
+    Args:
+        blocks: How the leaf is cut.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self._table = np.zeros((4, *blocks.grid), np.uint32)
+
+    def add(self, sums: np.ndarray, start: Sequence[int]) -> None:
+        """Adds what `shard_digests` found of a part.
+
+        Args:
+            sums: `uint32 [4, …]`, by the dims of `Blocks.grid`.
+            start: Where the part starts along these dims, in indices of the leaf.
+        """
+        first = [*start[:-1], *(i // self._blocks.chunk for i in start[-1:])]
         # What is past the end is padding, and adds nothing.
         ends = [
-            max(start, min(start + size, most))
-            for start, size, most in zip(
-                starts, sums.shape[1:], table.shape[1:], strict=True
+            max(a, min(a + size, most))
+            for a, size, most in zip(
+                first, sums.shape[1:], self._blocks.grid, strict=True
             )
         ]
-        there = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        here = [slice(0, b - a) for a, b in zip(starts, ends, strict=True)]
-        table[:, *there] += sums[:, *here]
+        there = [slice(a, b) for a, b in zip(first, ends, strict=True)]
+        here = [slice(0, b - a) for a, b in zip(first, ends, strict=True)]
+        self._table[:, *there] += sums[:, *here]
+
+    def lanes(self) -> np.ndarray:
+        """The sums, `uint32 [blocks, 4]`, in row-major order."""
+        return np.moveaxis(self._table, 0, -1).reshape(-1, 4)
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from shardkit.checkpoint.reader import saved_steps
+from shardkit.checkpoint.streaming import handlers
 from shardkit.errors import RestoreError
 
 __all__ = ["ITEM", "Engine", "Keep"]
@@ -21,8 +22,7 @@ __all__ = ["ITEM", "Engine", "Keep"]
 ITEM = "state"
 """The directory below a step in which the arrays are."""
 
-_CHUNK_BYTES = 16 << 20
-"""What is read at once at least; a shard that is larger is stored in several."""
+CHUNK_BYTES = 16 << 20
 
 Keep = checkpoint_managers.PreservationPolicy
 Finish = Callable[[Path], None]
@@ -32,7 +32,9 @@ class _Handler(ocp.PyTreeCheckpointHandler):
     """Orbax's own handler of trees, which lets others add to what it commits."""
 
     def __init__(self, *, use_compression: bool) -> None:
-        super().__init__(use_compression=use_compression)
+        super().__init__(
+            use_compression=use_compression, type_handler_registry=handlers()
+        )
         self.finish: Finish = lambda directory: None
 
     def finalize(self, directory: Any) -> None:
@@ -48,15 +50,21 @@ class Engine:
         directory: Created if it is not there.
         keep: Which checkpoints stay; None for all.
         compress: Whether arrays are compressed by zstd.
+        chunk_bytes: What is read at once at least; a larger shard is stored in several.
 
     Raises:
         RestoreError: If the directory cannot be used.
     """
 
     def __init__(
-        self, directory: Path, *, keep: Keep | None = None, compress: bool = False
+        self,
+        directory: Path,
+        *,
+        keep: Keep | None = None,
+        compress: bool = False,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self.directory = directory
+        self.directory, self._chunk_bytes = directory, chunk_bytes
         self._handler = _Handler(use_compression=compress)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(ITEM, ocp.args.PyTreeSave, self._handler)
@@ -90,7 +98,7 @@ class Engine:
 
         Args:
             step: The number of the checkpoint.
-            tree: Nested dicts of arrays.
+            tree: Nested dicts of arrays, or of what is `Streamed`.
             finish: Called in another thread with the directory of the arrays, when
                 they are written and before they are committed.
             metrics: For what keeps the best.
@@ -99,7 +107,7 @@ class Engine:
         self.wait()
         self._handler.finish = finish
         save_args = jax.tree.map(
-            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree
+            lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), tree
         )
         item = ocp.args.PyTreeSave(tree, save_args=save_args)
         self._manager.save(

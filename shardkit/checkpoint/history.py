@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint.config import CheckpointConfig
-from shardkit.checkpoint.manager import Checkpoints, Facts, check_run, load
+from shardkit.checkpoint.manager import (
+    Checkpoints,
+    Facts,
+    check_run,
+    load,
+    wanted_views,
+)
 from shardkit.checkpoint.reader import Saved
 from shardkit.checkpoint.remap import Remap
 from shardkit.errors import DamagedError, RestoreError
@@ -134,7 +140,8 @@ class History:
             return load(saved, placement)
         # Digests are of what was saved, not of what is made of it.
         saved.verified()
-        made = Saved(saved.directory, saved.manifest, self._remap.apply(saved.views))
+        views = self._remap.apply(saved.views, wanted_views(placement))
+        made = Saved(saved.directory, saved.manifest, views)
         return load(made, placement, verify=False)
 
     def _take(self, steps: list[int]) -> int:

@@ -20,13 +20,13 @@ import numpy as np
 
 from shardkit.checkpoint.block_sums import BlockSums, hex_lanes
 from shardkit.checkpoint.config import CheckpointConfig
-from shardkit.checkpoint.manifest import FILE_NAME, LeafRecord, Manifest
+from shardkit.checkpoint.manifest import LeafRecord, Manifest
 from shardkit.checkpoint.reader import Saved, open_checkpoint
 from shardkit.checkpoint.restore import Target, place
-from shardkit.checkpoint.stored import stored_name
-from shardkit.checkpoint.sums import check_sums, write_durably, write_sums
+from shardkit.checkpoint.stored import insert
+from shardkit.checkpoint.sums import check_sums, seal
 from shardkit.digest import combine_digests
-from shardkit.errors import ConfigError, DamagedError, RestoreError
+from shardkit.errors import DamagedError, RestoreError
 from shardkit.keys import raw
 from shardkit.layout import SHARD_AXIS, LeafLayout
 from shardkit.placement import Placement
@@ -103,13 +103,11 @@ class Checkpoints:
             if array.size:
                 # Padding is nothing that anybody else should see.
                 padded = leaf.is_padded(count)
-                _insert(tree, leaf.path, to_host(array, leaf) if padded else raw(array))
+                insert(tree, leaf.path, to_host(array, leaf) if padded else raw(array))
         known = {"fingerprint": fingerprint(), "mesh": dict(placement.mesh.shape)}
 
         def finish(directory: Path) -> None:
-            manifest = _manifest(step, leaves, sums.result(), facts, known)
-            write_durably(directory / FILE_NAME, manifest.to_bytes())
-            write_sums(directory)
+            seal(directory, _manifest(step, leaves, sums.result(), facts, known))
 
         if step in self._abandoned:
             self._engine.delete(step)
@@ -181,28 +179,52 @@ def load(saved: Saved, placement: Placement, *, verify: bool = True) -> Any:
     Args:
         saved: The manifest, and the views to read.
         placement: Where to.
-        verify: Whether the views are what the manifest's digests are of.
+        verify: Whether the views are what the manifest's digests are of. Those that
+            rules have made are not, and what they leave out begins anew.
 
     Raises:
         RestoreError: Naming every leaf that is missing, extra, reshaped or recast, or
             every block that is damaged, and the files that are.
     """
     leaves, treedef = jax.tree.flatten(placement.layout)
-    _compare_leaves(saved, leaves, recorded=verify)
-    targets = [Target.of_leaf(leaf, placement.mesh) for leaf in leaves]
-    sums, arrays, problem = BlockSums(), [], None
+    if verify:
+        _compare_leaves(saved, leaves)
+    # What rules may leave out begins anew.
+    arrays = _begun(placement, {leaf.path for leaf in leaves} - saved.views.keys())
+    read = [leaf for leaf in leaves if leaf.path not in arrays]
+    targets = [Target.of_leaf(leaf, placement.mesh) for leaf in read]
+    sums, problem = BlockSums(), None
     try:
-        for leaf, array in zip(leaves, place(saved.views, targets), strict=True):
+        for leaf, array in zip(read, place(saved.views, targets), strict=True):
             # On their way to the next leaf, devices digest this one.
             sums.add(leaf, array)
-            arrays.append(array)
+            arrays[leaf.path] = array
     except RestoreError as error:
         problem = error
     _agree(problem, str(saved.directory))
     if verify:
         sums.share()
         compare_blocks(saved, sums.result())
-    return treedef.unflatten(arrays)
+    return treedef.unflatten([arrays[leaf.path] for leaf in leaves])
+
+
+def wanted_views(placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
+    """What has to be read for a state: path → shape and dtype; keys as their words."""
+    leaves = jax.tree.leaves(placement.layout)
+    return {leaf.path: jax.eval_shape(raw, leaf.abstract) for leaf in leaves}
+
+
+def _begun(placement: Placement, paths: set[str]) -> dict[str, Any]:
+    """The given leaves of a state before its first step."""
+    if not paths:
+        return {}
+    leaves = jax.tree.leaves(placement.layout)
+    arrays = jax.tree.leaves(placement.init())
+    return {
+        leaf.path: array
+        for leaf, array in zip(leaves, arrays, strict=True)
+        if leaf.path in paths
+    }
 
 
 def compare_blocks(saved: Saved, found: Mapping[str, np.ndarray]) -> None:
@@ -273,30 +295,11 @@ def _manifest(
     )
 
 
-def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    if last in tree:
-        raise ConfigError(
-            f"{path}: would be stored as {stored_name(path)!r}, as another leaf is; "
-            "rename one of them"
-        )
-    tree[last] = value
-
-
-def _compare_leaves(
-    saved: Saved, leaves: Sequence[LeafLayout], *, recorded: bool
-) -> None:
+def _compare_leaves(saved: Saved, leaves: Sequence[LeafLayout]) -> None:
+    assert saved.manifest is not None
     wanted = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves}
-    found = {path: view.describe() for path, view in saved.views.items()}
-    if recorded and saved.manifest is not None:
-        records = saved.manifest.leaves
-        found = {path: f"{x.dtype}{list(x.shape)}" for path, x in records.items()}
-    else:
-        # Keys are read as their words, whatever they come from.
-        stored = {leaf.path: jax.eval_shape(raw, leaf.abstract) for leaf in leaves}
-        wanted = {path: f"{x.dtype}{list(x.shape)}" for path, x in stored.items()}
+    records = saved.manifest.leaves
+    found = {path: f"{x.dtype}{list(x.shape)}" for path, x in records.items()}
     rows = [
         (
             path,

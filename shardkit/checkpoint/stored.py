@@ -5,7 +5,9 @@ Orbax is needed, and no more than a chunk is read beside what was asked for. It
 verifies nothing.
 """
 
+import functools
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -15,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from shardkit.checkpoint.views import Box, View, box_slices
-from shardkit.errors import DamagedError
+from shardkit.errors import ConfigError, DamagedError
 
-__all__ = ["METADATA_NAME", "StoredView", "stored_name", "tree_names"]
+__all__ = ["METADATA_NAME", "StoredView", "insert", "stored_name", "tree_names"]
 
 METADATA_NAME = "_METADATA"
 _MAX_BYTES = 1 << 28
@@ -31,6 +33,25 @@ def stored_name(path: str) -> str:
     'params.layers.0'
     """
     return path.replace("/", ".")
+
+
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a value into nested dicts, as Orbax is to store it.
+
+    Raises:
+        ConfigError: If two paths would be stored under one name.
+    """
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            break
+    if not isinstance(tree, dict) or last in tree:
+        raise ConfigError(
+            f"{path}: would be stored as {stored_name(path)!r}, as another leaf is; "
+            "rename one of them"
+        )
+    tree[last] = value
 
 
 class StoredView(View):
@@ -102,7 +123,7 @@ class StoredView(View):
         for driver in ("zarr", "zarr3"):
             spec = {"driver": driver, "kvstore": kvstore}
             try:
-                return ts.open(spec, open=True, read=True).result()
+                return ts.open(spec, context=_context(), open=True, read=True).result()
             except (ValueError, OSError) as error:
                 problem = problem or error
         raise self._error(problem)
@@ -113,6 +134,18 @@ class StoredView(View):
         return DamagedError(
             f"{self._directory}: {self._path} cannot be read: {text:.300}"
         )
+
+
+@functools.cache
+def _context() -> Any:
+    """Returns threads of its own, on which no thread of TensorStore's waits for itself.
+
+    It would where a view is streamed into a store, and read by the thread that writes.
+    """
+    import tensorstore as ts
+
+    threads = {"limit": max(2, os.cpu_count() or 2)}
+    return ts.Context({"data_copy_concurrency": threads})
 
 
 def tree_names(directory: Path) -> Iterator[str]:

@@ -13,14 +13,25 @@ from pathlib import Path
 
 import xxhash
 
-from shardkit.checkpoint.manifest import sealed, unsealed
+from shardkit.checkpoint.manifest import FILE_NAME, Manifest, sealed, unsealed
 from shardkit.errors import DamagedError
 
-__all__ = ["SUMS_NAME", "check_sums", "write_sums"]
+__all__ = ["SUMS_NAME", "check_sums", "seal"]
 
 SUMS_NAME = "shardkit.sums.json"
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 22
+
+
+def seal(directory: Path, manifest: Manifest) -> None:
+    """Writes the manifest of an item that is complete, and then the list of its files.
+
+    Args:
+        directory: Where its arrays are.
+        manifest: What is said of them.
+    """
+    write_durably(directory / FILE_NAME, manifest.to_bytes())
+    write_sums(directory)
 
 
 def write_sums(directory: Path) -> None:

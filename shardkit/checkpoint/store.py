@@ -1,0 +1,145 @@
+"""Writes a checkpoint from views, in bounded memory.
+
+Owns the way from a tree of views, remapped or from another library, to a checkpoint
+like those that a run saves: with a manifest, digests and checksums, there as a whole
+or not at all.
+"""
+
+import functools
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardkit.blocks import Blocks
+from shardkit.checkpoint.block_sums import BlockTable, hex_lanes
+from shardkit.checkpoint.engine import CHUNK_BYTES, Engine
+from shardkit.checkpoint.manifest import LeafRecord, Manifest
+from shardkit.checkpoint.stored import insert
+from shardkit.checkpoint.streaming import Streamed
+from shardkit.checkpoint.sums import seal
+from shardkit.checkpoint.views import Box, View, box_shape, iter_boxes
+from shardkit.digest import combine_digests, shard_digests
+from shardkit.errors import RestoreError
+from shardkit.layout import LeafLayout
+
+__all__ = ["LIMIT_BYTES", "write_checkpoint"]
+
+LIMIT_BYTES = 256 << 20
+
+
+def write_checkpoint(
+    root: str | Path,
+    tree: Mapping[str, View],
+    *,
+    like: Manifest | None = None,
+    records: Mapping[str, LeafRecord] | None = None,
+    step: int | None = None,
+    limit_bytes: int = LIMIT_BYTES,
+    compress: bool = False,
+) -> Path:
+    """Writes a tree as a step below a directory of checkpoints.
+
+    Args:
+        root: The directory of checkpoints; created if it is not there.
+        tree: Path → what is to be written.
+        like: The manifest of what the tree was made from, of which step, run and data
+            are kept.
+        records: What is known of paths: the logical axes, and which are random keys.
+        step: Instead of `like`'s; 0 without one.
+        limit_bytes: About how much memory it may take; a chunk of an array and what is
+            read to make it have to fit several times.
+        compress: Whether arrays are compressed (zstd).
+
+    Returns:
+        The directory of the step.
+
+    Raises:
+        RestoreError: If the step is there already, or something cannot be read.
+    """
+    root = Path(root).absolute()
+    step = (like.step if like else 0) if step is None else step
+    if (root / str(step)).exists():
+        raise RestoreError(
+            f"{root / str(step)}: is there already; write to another directory"
+        )
+    digests = {path: _Digest(path, view) for path, view in tree.items()}
+    nested: dict[str, Any] = {}
+    for path, view in tree.items():
+        if math.prod(view.shape):
+            insert(nested, path, Streamed(view, digests[path].listen))
+
+    def finish(directory: Path) -> None:
+        tables = {path: digest.table(limit_bytes) for path, digest in digests.items()}
+        seal(directory, _manifest(tree, tables, like, records or {}, step))
+
+    engine = Engine(
+        root, compress=compress, chunk_bytes=min(CHUNK_BYTES, limit_bytes // 16)
+    )
+    try:
+        engine.save(step, nested, finish)
+    finally:
+        engine.close()
+    return root / str(step)
+
+
+class _Digest:
+    """The digests of the blocks of a view, found as its boxes are written."""
+
+    def __init__(self, path: str, view: View) -> None:
+        self._leaf = LeafLayout("", view.shape, view.dtype)
+        self._blocks = Blocks.of(view.shape, view.dtype.itemsize)
+        self._view, self._lock = view, threading.Lock()
+        self._parts: dict[Box, np.ndarray] = {}
+
+    def listen(self, box: Box, data: np.ndarray) -> None:
+        """Takes a box; one that is read again counts once."""
+        start = np.array([first for first, _ in box], np.int32)
+        sums = np.asarray(_shard_digests(data, start, self._leaf, self._blocks))
+        with self._lock:
+            self._parts[box] = sums
+
+    def table(self, limit_bytes: int) -> np.ndarray:
+        """Adds up all boxes: `uint32 [blocks, 4]`."""
+        size = sum(math.prod(box_shape(box)) for box in self._parts)
+        if size != math.prod(self._view.shape):
+            # Boxes that overlap cannot be added up, so it is read once more.
+            self._parts.clear()
+            view, itemsize = self._view, self._view.dtype.itemsize
+            for box in iter_boxes(view.shape, itemsize, limit_bytes // 16):
+                self.listen(box, view.read(box))
+        table = BlockTable(self._blocks)
+        for box, sums in self._parts.items():
+            table.add(sums, [start for start, _ in box[: len(self._blocks.grid)]])
+        return table.lanes()
+
+
+_shard_digests = functools.partial(jax.jit, static_argnums=(2, 3))(shard_digests)
+
+
+def _manifest(
+    tree: Mapping[str, View],
+    tables: Mapping[str, np.ndarray],
+    like: Manifest | None,
+    records: Mapping[str, LeafRecord],
+    step: int,
+) -> Manifest:
+    leaves = {}
+    for path, view in tree.items():
+        known = records.get(path)
+        if known is None or known.stored_shape != view.shape:
+            known = LeafRecord(view.shape, view.dtype.name)
+        leaves[path] = LeafRecord(
+            known.shape, known.dtype, hex_lanes(tables[path]), known.axes
+        )
+    layouts = [LeafLayout(path, x.shape, x.dtype) for path, x in leaves.items()]
+    sums = {path: table.sum(axis=0, dtype=np.uint32) for path, table in tables.items()}
+    kept = ("run", "data", "random", "fingerprint", "mesh", "metrics")
+    facts = {name: getattr(like, name) for name in kept} if like else {}
+    return Manifest(
+        step=step, digest=combine_digests(sums, layouts), leaves=leaves, **facts
+    )

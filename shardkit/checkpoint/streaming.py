@@ -1,0 +1,89 @@
+"""Hands Orbax arrays that are made box by box while they are written.
+
+Owns the one place that reaches into Orbax: its handler of host arrays, of which one
+step is replaced, so that what is written need never be in memory as a whole. A test
+says for which version that holds.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import type_handlers
+
+from shardkit.checkpoint.views import Box, View
+
+__all__ = ["Streamed", "handlers"]
+
+Listener = Callable[[Box, np.ndarray], None]
+
+
+class Streamed:
+    """A view as Orbax takes it for an array in host memory.
+
+    Args:
+        view: What is to be written; it has elements.
+        listen: Is told of every box that has been read, from several threads.
+    """
+
+    def __init__(self, view: View, listen: Listener) -> None:
+        self.shape, self.dtype = view.shape, view.dtype
+        self.ndim, self.nbytes = len(view.shape), view.nbytes
+        self.size = self.nbytes // view.dtype.itemsize
+        self.problem: Exception | None = None
+        # Views are read one at a time, since each may hold on to what it reads from.
+        lock = threading.Lock()
+
+        def read(domain: Any, array: np.ndarray, _: Any) -> None:
+            box = tuple(zip(domain.inclusive_min, domain.exclusive_max, strict=True))
+            try:
+                with lock:
+                    data = view.read(box)
+                listen(box, data)
+                array[...] = data
+            except Exception as error:
+                # TensorStore keeps only the text of it.
+                self.problem = self.problem or error
+                raise
+
+        self._store = ts.virtual_chunked(
+            read, dtype=ts.dtype(view.dtype), shape=view.shape
+        )
+
+    async def write(self, target: Any) -> None:
+        """Copies all boxes to a store, as few at once as it has threads for."""
+        try:
+            await target.write(self._store)
+        except Exception:
+            if self.problem is not None:
+                raise self.problem from None
+            raise
+
+
+class _Handler(type_handlers.NumpyHandler):
+    """Writes what is streamed as if it were in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        # Several at a time would hold several times as much.
+        self._turn: asyncio.Lock | None = None
+
+    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
+        self._turn = self._turn or asyncio.Lock()
+        async with self._turn:
+            spec = ts.Spec(tspec)
+            target = await ts.open(spec, create=True, open=True, context=ts_context)
+            await value.write(target)
+
+
+def handlers() -> Any:
+    """Returns Orbax's handlers, and the one for what is streamed."""
+    return type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler()),
+        (jax.Array, type_handlers.ArrayHandler()),
+        (Streamed, _Handler()),
+    )
