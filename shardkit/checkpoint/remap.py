@@ -22,7 +22,10 @@ from shardkit.checkpoint.rules import Rule, run_ops
 from shardkit.checkpoint.views import View
 from shardkit.errors import ConfigError, RestoreError
 
-__all__ = ["Remap"]
+__all__ = ["FOLLOWERS", "Remap"]
+
+FOLLOWERS = ("opt_state", "ema", "grad_exponent")
+"""What in a training state of shardkit has a place for every parameter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Remap:
 
     rules: Sequence[Rule]
     keep_rest: bool = dataclasses.field(default=False, kw_only=True)
-    follow: Sequence[str] = dataclasses.field(default=(), kw_only=True)
+    follow: Sequence[str] = dataclasses.field(default=FOLLOWERS, kw_only=True)
     root: str = dataclasses.field(default="params", kw_only=True)
     allow: Sequence[str] = dataclasses.field(default=(), kw_only=True)
 
