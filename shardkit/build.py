@@ -4,6 +4,7 @@ Owns factories, which a config names as `"module:attribute"` and which are resol
 and checked here, so that shardkit itself never imports a model. It trains nothing.
 """
 
+import dataclasses
 import importlib
 import inspect
 import sys
@@ -196,9 +197,7 @@ def build_trainer(
         consistency=config.train.consistency,
         certify=config.train.certify,
         checkpoint=sk.CheckpointConfig(
-            directory=checkpoints,
-            every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
+            directory=checkpoints, **dataclasses.asdict(config.checkpoint)
         ),
         eval=evaluation,
         ema=config.train.ema,

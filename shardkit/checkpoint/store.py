@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from shardkit.arguments import check_choice
 from shardkit.blocks import Blocks
 from shardkit.checkpoint.block_sums import BlockTable, hex_lanes
 from shardkit.checkpoint.engine import CHUNK_BYTES, Engine
@@ -30,6 +31,11 @@ from shardkit.layout import LeafLayout
 __all__ = ["LIMIT_BYTES", "write_checkpoint"]
 
 LIMIT_BYTES = 256 << 20
+_CODECS = {
+    "none": None,
+    "zstd": None,
+    "planes": {"id": "blosc", "cname": "zstd", "clevel": 3, "shuffle": 1},
+}
 
 
 def write_checkpoint(
@@ -40,7 +46,7 @@ def write_checkpoint(
     records: Mapping[str, LeafRecord] | None = None,
     step: int | None = None,
     limit_bytes: int = LIMIT_BYTES,
-    compress: bool = False,
+    compress: str = "none",
 ) -> Path:
     """Writes a tree as a step below a directory of checkpoints.
 
@@ -53,14 +59,17 @@ def write_checkpoint(
         step: Instead of `like`'s; 0 without one.
         limit_bytes: About how much memory it may take; a chunk of an array and what is
             read to make it have to fit several times.
-        compress: Whether arrays are compressed (zstd).
+        compress: `"none"`; `"zstd"`; or `"planes"`: zstd over planes of bytes, in
+            which the exponents of floats lie together (lossless as all of them).
 
     Returns:
         The directory of the step.
 
     Raises:
+        ConfigError: If there is no such compression.
         RestoreError: If the step is there already, or something cannot be read.
     """
+    check_choice("compress", compress, tuple(_CODECS))
     root = Path(root).absolute()
     step = (like.step if like else 0) if step is None else step
     if (root / str(step)).exists():
@@ -71,14 +80,17 @@ def write_checkpoint(
     nested: dict[str, Any] = {}
     for path, view in tree.items():
         if math.prod(view.shape):
-            insert(nested, path, Streamed(view, digests[path].listen))
+            streamed = Streamed(view, digests[path].listen, _CODECS[compress])
+            insert(nested, path, streamed)
 
     def finish(directory: Path) -> None:
         tables = {path: digest.table(limit_bytes) for path, digest in digests.items()}
         seal(directory, _manifest(tree, tables, like, records or {}, step))
 
     engine = Engine(
-        root, compress=compress, chunk_bytes=min(CHUNK_BYTES, limit_bytes // 16)
+        root,
+        compress=compress == "zstd",
+        chunk_bytes=min(CHUNK_BYTES, limit_bytes // 16),
     )
     try:
         engine.save(step, nested, finish)

@@ -7,7 +7,7 @@ says for which version that holds.
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,9 +28,13 @@ class Streamed:
     Args:
         view: What is to be written; it has elements.
         listen: Is told of every box that has been read, from several threads.
+        codec: How chunks are compressed, as Zarr spells it; None as Orbax does.
     """
 
-    def __init__(self, view: View, listen: Listener) -> None:
+    def __init__(
+        self, view: View, listen: Listener, codec: Mapping[str, Any] | None = None
+    ) -> None:
+        self.codec = codec
         self.shape, self.dtype = view.shape, view.dtype
         self.ndim, self.nbytes = len(view.shape), view.nbytes
         self.size = self.nbytes // view.dtype.itemsize
@@ -75,6 +79,8 @@ class _Handler(type_handlers.NumpyHandler):
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
         self._turn = self._turn or asyncio.Lock()
         async with self._turn:
+            if value.codec is not None:
+                tspec["metadata"]["compressor"] = dict(value.codec)
             spec = ts.Spec(tspec)
             target = await ts.open(spec, create=True, open=True, context=ts_context)
             await value.write(target)

@@ -225,10 +225,17 @@ class CheckpointSection:
     every: int = 100
     """Steps between checkpoints."""
     keep: int = 3
-    """Checkpoints that are kept; older ones are removed."""
+    """Newest checkpoints that are kept; older ones are removed, but for these:"""
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps stay."""
+    keep_best: int = 0
+    """So many of the best, by the validation loss before each, stay."""
+    compress: bool = False
+    """Whether arrays are compressed (zstd): a little smaller, slower to read."""
 
     def __post_init__(self):
-        _at_least(self, 1, "every", "keep")
+        _at_least(self, 1, "every", "keep", "keep_every")
+        _at_least(self, 0, "keep_best")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
