@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shardkit.errors import PartitionError as PartitionError
     from shardkit.errors import Preempted as Preempted
     from shardkit.errors import RestoreError as RestoreError
+    from shardkit.errors import SaveError as SaveError
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.events import EventLog as EventLog
@@ -50,7 +51,7 @@ _HOMES = {
     "checkpoint": "CheckpointConfig",
     "errors": "CertificateError ConfigError DamagedError DataError InexactError "
     "LostStateError MembershipError MeshError NonFiniteError PartitionError Preempted "
-    "RestoreError ShardkitError",
+    "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig",
     "events": "EventLog",
     "logical_axes": "axes infer_shardings",

@@ -18,6 +18,7 @@ __all__ = [
     "PartitionError",
     "Preempted",
     "RestoreError",
+    "SaveError",
     "ShardkitError",
 ]
 
@@ -68,6 +69,10 @@ class Preempted(ShardkitError, RuntimeError):
 
 class RestoreError(ShardkitError, RuntimeError):
     """A checkpoint that is missing, damaged or belongs to another run."""
+
+
+class SaveError(ShardkitError, OSError):
+    """A checkpoint that could not be written; those before it are whole."""
 
 
 class DamagedError(RestoreError):

@@ -11,6 +11,7 @@ import pytest
 from problems import PROBLEMS, consume, fields_of, linear, linear_data
 
 import shardkit as sk
+from shardkit.checkpoint import manager
 from shardkit.checkpoint.manifest import FILE_NAME, sealed
 from shardkit.checkpoint.remap import Remap
 from shardkit.checkpoint.remap_ops import Drop, Transpose
@@ -360,3 +361,24 @@ def test_the_best_and_those_at_intervals_stay_too(make, tmp_path):
 def test_options_that_cannot_be_used_are_named(options, tmp_path):
     with pytest.raises(sk.ConfigError, match=next(iter(options))):
         sk.CheckpointConfig(directory=tmp_path, **options)
+
+
+def test_what_could_not_be_written_is_told_and_can_be_saved_again(
+    make, tmp_path, monkeypatch
+):
+    trainer, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path, every=1))
+    consume(trainer, 1)
+
+    def full(directory, manifest):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "seal", full)
+        with pytest.raises(sk.SaveError, match=r"No space left.* before is whole"):
+            consume(trainer, 2)
+    assert [p.name for p in tmp_path.iterdir() if p.name.isdecimal()] == ["1"]
+    trainer.save()
+    consume(trainer, 4)
+    again, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path))
+    assert again.restore() == 4
+    assert again.state_digest() == trainer.state_digest()

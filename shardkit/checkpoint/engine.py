@@ -5,7 +5,8 @@ written in the background and there as a whole or not at all. Invariant: what `f
 writes is part of that whole. It knows nothing of meshes, manifests or digests.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from shardkit.checkpoint.reader import saved_steps
 from shardkit.checkpoint.streaming import handlers
-from shardkit.errors import RestoreError
+from shardkit.errors import RestoreError, SaveError, ShardkitError
 
 __all__ = ["ITEM", "Engine", "Keep"]
 
@@ -102,6 +103,9 @@ class Engine:
             finish: Called in another thread with the directory of the arrays, when
                 they are written and before they are committed.
             metrics: For what keeps the best.
+
+        Raises:
+            SaveError: If it, or the one before, could not be saved.
         """
         # The one before is committed first, as Orbax would see to it too.
         self.wait()
@@ -110,13 +114,14 @@ class Engine:
             lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), tree
         )
         item = ocp.args.PyTreeSave(tree, save_args=save_args)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**{ITEM: item}),
-            metrics=dict(metrics) if metrics else None,
-            # Without it nothing would be saved, nor said, before an abandoned step.
-            force=True,
-        )
+        with self._telling():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**{ITEM: item}),
+                metrics=dict(metrics) if metrics else None,
+                # Without it nothing would be saved, nor said, before an abandoned step.
+                force=True,
+            )
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint, if it is not being deleted already."""
@@ -124,8 +129,13 @@ class Engine:
             self._manager.delete(step)
 
     def wait(self) -> None:
-        """Waits until what was saved is committed; raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Waits until what was saved is committed.
+
+        Raises:
+            SaveError: If it could not be.
+        """
+        with self._telling():
+            self._manager.wait_until_finished()
 
     def reload(self) -> None:
         """Waits, and looks at the directory anew."""
@@ -134,4 +144,18 @@ class Engine:
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
-        self._manager.close()
+        with self._telling():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except ShardkitError:
+            # What was read while it was written has its own to say.
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SaveError(
+                f"{self.directory}: could not be saved: {error}. What was saved before "
+                "is whole."
+            ) from error

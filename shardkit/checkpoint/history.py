@@ -5,7 +5,8 @@ live before it is verified; and where no certain step was asked for, a damaged o
 passed over for the newest that is whole, which is told.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from shardkit.checkpoint.manager import (
     load,
     wanted_views,
 )
-from shardkit.checkpoint.reader import Saved
+from shardkit.checkpoint.reader import Saved, saved_steps
 from shardkit.checkpoint.remap import Remap
-from shardkit.errors import DamagedError, RestoreError
+from shardkit.errors import DamagedError, RestoreError, SaveError
 from shardkit.events import EventLog
 from shardkit.placement import Placement
 
@@ -77,6 +78,7 @@ class History:
 
         Raises:
             RestoreError: If another run has saved there meanwhile.
+            SaveError: If it, or the one before, could not be saved.
         """
         if step not in self._own:
             if step in self._checkpoints.steps():
@@ -91,10 +93,11 @@ class History:
                 random=self._random,
                 metrics=metrics,
             )
-            self._checkpoints.save(step, state, placement, facts)
             self._own.add(step)
+            with self._failing():
+                self._checkpoints.save(step, state, placement, facts)
         if wait:
-            self._checkpoints.wait()
+            self.wait()
 
     def choose(self, step: int | None, remap: Remap | None = None) -> int:
         """Chooses the step to go on from, the newest by default; nothing is read yet.
@@ -173,7 +176,17 @@ class History:
 
     def wait(self) -> None:
         """Waits until what is being saved is committed."""
-        self._checkpoints.wait()
+        with self._failing():
+            self._checkpoints.wait()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Forgets what could not be saved, so that it can be saved again."""
+        try:
+            yield
+        except SaveError:
+            self._own &= {*saved_steps(self._checkpoints.directory)}
+            raise
 
     def close(self) -> None:
         """Waits for what is being written."""
