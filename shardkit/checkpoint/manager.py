@@ -21,7 +21,7 @@ import numpy as np
 from shardkit.checkpoint.block_sums import BlockSums, hex_lanes
 from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
-from shardkit.checkpoint.reader import Saved, open_checkpoint
+from shardkit.checkpoint.reader import Saved, open_item
 from shardkit.checkpoint.restore import Target, place
 from shardkit.checkpoint.stored import insert
 from shardkit.checkpoint.sums import check_sums, seal
@@ -79,7 +79,9 @@ class Checkpoints:
         self.directory = Path(config.directory).absolute()
         self._best = config.best_metric if config.keep_best else None
         self._engine = Engine(
-            self.directory, keep=retention(config), compress=config.compress
+            self.directory,
+            keep=retention(config, self._metrics),
+            compress=config.compress,
         )
         self._abandoned: set[int] = set()
 
@@ -109,14 +111,19 @@ class Checkpoints:
         def finish(directory: Path) -> None:
             seal(directory, _manifest(step, leaves, sums.result(), facts, known))
 
-        if step in self._abandoned:
-            self._engine.delete(step)
-        best = {k: float(v) for k, v in facts.metrics.items() if k == self._best}
-        self._engine.save(step, tree, finish, best)
-        # What was kept no longer may be gone already.
-        for other in self._abandoned & set(self._engine.steps()) - {step}:
+        # Before the rest is counted, lest an earlier one go in their stead.
+        for other in self._abandoned:
             self._engine.delete(other)
         self._abandoned = set()
+        best = {k: float(v) for k, v in facts.metrics.items() if k == self._best}
+        self._engine.save(step, tree, finish, best)
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        """What is recorded of the quality of a step, if it is whole."""
+        try:
+            return dict(Manifest.read(self._engine.item(step)).metrics)
+        except RestoreError:
+            return {}
 
     def wait(self) -> None:
         """Waits until what is being saved is committed."""
@@ -130,12 +137,12 @@ class Checkpoints:
         """Opens what was saved at a step.
 
         Raises:
-            RestoreError: If it is not there, or its manifest cannot be read.
+            DamagedError: If it is not there, or its manifest cannot be read.
         """
-        saved = open_checkpoint(self._engine.item(step))
+        saved = open_item(self._engine.item(step))
         if saved.manifest is None or saved.manifest.step != step:
-            raise RestoreError(
-                f"{self._engine.item(step)}: not what shardkit saved at step {step}"
+            raise DamagedError(
+                f"{saved.directory}: not what shardkit saved at step {step}"
             )
         return saved
 
@@ -156,18 +163,17 @@ def check_run(saved: Saved, run: Mapping[str, Any]) -> list[str]:
     assert saved.manifest is not None
     before, now = saved.manifest.run, json.loads(json.dumps(run))
     rows = [
-        (key, f"saved {before.get(key)!r}", f"now {now.get(key)!r}")
+        (key, f"saved {before.get(key)!r:.500}", f"now {now.get(key)!r:.500}")
         for key in sorted(now.keys() | before.keys())
         if before.get(key) != now.get(key)
     ]
     if rows:
         raise RestoreError(
-            f"{saved.directory}: the checkpoint is of another run\n"
-            + format_table(rows)
+            f"{saved.directory}: the checkpoint is of another run\n" + _listed(rows)
         )
     known = saved.manifest.fingerprint
     return [
-        f"{key} was {known.get(key)}, is {value}"
+        f"{key} was {known.get(key)!s:.80}, is {value}"
         for key, value in fingerprint().items()
         if known.get(key) != value
     ]
@@ -237,19 +243,19 @@ def compare_blocks(saved: Saved, found: Mapping[str, np.ndarray]) -> None:
     bad = []
     for path, table in found.items():
         record = saved.manifest.leaves[path]
-        differs = (record.lanes() != table).any(axis=1)
-        grid = record.grid
-        for number, index in enumerate(grid if differs.any() else ()):
+        grid, lanes = record.grid, record.lanes()
+        # Without digests nothing would be compared.
+        is_known = lanes.shape == table.shape
+        differs = (lanes != table).any(axis=1) if is_known else [True] * len(table)
+        for number, index in enumerate(grid if any(differs) else ()):
             if differs[number]:
                 box = ", ".join(f"{a}:{b}" for a, b in grid.box(index))
                 bad.append((path, f"block {number} of {len(grid)}", f"[{box}]"))
     if bad:
-        more = f"\n  and {len(bad) - 20} more" if len(bad) > 20 else ""
         files = check_sums(saved.directory) or ["none of its files has changed"]
         raise DamagedError(
             f"{saved.directory}: damaged: {len(bad)} blocks are not what was saved\n"
-            + format_table(bad[:20])
-            + more
+            + _listed(bad, 20)
             + "\nfiles:\n  "
             + "\n  ".join(files[:20])
         )
@@ -295,6 +301,11 @@ def _manifest(
     )
 
 
+def _listed(rows: list[tuple[str, ...]], limit: int = 500) -> str:
+    more = f"\n  and {len(rows) - limit} more" if len(rows) > limit else ""
+    return format_table(rows[:limit]) + more
+
+
 def _compare_leaves(saved: Saved, leaves: Sequence[LeafLayout]) -> None:
     assert saved.manifest is not None
     wanted = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves}
@@ -313,7 +324,7 @@ def _compare_leaves(saved: Saved, leaves: Sequence[LeafLayout]) -> None:
         raise RestoreError(
             f"{saved.directory}: {len(rows)} leaves of the checkpoint are not those of "
             "this run\n"
-            + format_table(rows)
+            + _listed(rows)
             + "\nRestore with the model and the optimizer that were saved, or give "
             "rules that make one of the other (Trainer.restore(remap=…))."
         )

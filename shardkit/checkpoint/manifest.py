@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,23 @@ import numpy as np
 from shardkit.blocks import Blocks
 from shardkit.errors import DamagedError
 
-__all__ = ["FILE_NAME", "LeafRecord", "Manifest", "numpy_dtype", "sealed", "unsealed"]
+__all__ = [
+    "FILE_NAME",
+    "LeafRecord",
+    "Manifest",
+    "is_path",
+    "numpy_dtype",
+    "read_small",
+    "sealed",
+    "unsealed",
+]
 
 FILE_NAME = "shardkit.json"
 _FORMAT = 2
 _MAX_BYTES = 1 << 28
 _MAX_DIMS = 32
 _MAX_SIZE = 1 << 48
+_MAX_DEPTH = 32
 _LANES = re.compile(r"[0-9a-f]{32}")
 _KEY_DTYPES = {"key<fry>": 2}
 """Dtypes of random keys, by how many words of uint32 a key is."""
@@ -45,13 +56,13 @@ def numpy_dtype(name: str) -> np.dtype:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]{1,31}", name):
         raise ValueError(f"no dtype is called {name!r}")
-    if hasattr(ml_dtypes, name) and isinstance(getattr(ml_dtypes, name), type):
-        return np.dtype(getattr(ml_dtypes, name))
-    try:
-        dtype = np.dtype(name)
-    except TypeError:
-        raise ValueError(f"no dtype is called {name!r}") from None
-    if dtype.kind not in "biufc":
+    found = getattr(ml_dtypes, name, None) or np.sctypeDict.get(name)
+    # One name for each: aliases, and what only looks like a dtype, are none.
+    is_dtype = isinstance(found, type) and issubclass(found, np.generic)
+    if not is_dtype or np.dtype(found).name != name:
+        raise ValueError(f"no dtype is called {name!r}")
+    dtype = np.dtype(found)
+    if dtype.kind not in "biufcV" or not dtype.itemsize:
         raise ValueError(f"arrays of {name!r} are not saved")
     return dtype
 
@@ -191,6 +202,11 @@ class Manifest:
         for name, value in rest.items():
             if not isinstance(value, dict):
                 raise ValueError(f"{name}: expected a table")
+            _check_depth(value, name)
+        for name, value in found["metrics"].items():
+            if type(value) not in (int, float):
+                raise ValueError(f"metrics: {name!r:.80} is not a number")
+            float(value)
         if not isinstance(found["leaves"], dict):
             raise ValueError("leaves: expected a table")
         leaves = {path: _leaf(path, x) for path, x in found["leaves"].items()}
@@ -201,9 +217,9 @@ _DICTS = ("run", "data", "random", "fingerprint", "mesh", "metrics")
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:
-    """Spells a JSON table with the SHA-256 of its own text."""
-    seal = hashlib.sha256(_canonical(fields)).hexdigest()
-    return json.dumps({**fields, "sha256": seal}, indent=1).encode()
+    """Spells a JSON table that ends with the SHA-256 of its own text before that."""
+    text = json.dumps(fields, indent=1).removesuffix("\n}").encode()
+    return text + _seal(text)
 
 
 def unsealed(path: Path, version: int) -> dict[str, Any]:
@@ -213,30 +229,59 @@ def unsealed(path: Path, version: int) -> dict[str, Any]:
         DamagedError: If it is missing, cut short, changed or of another format.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        text = path.read_bytes().decode()
-        found = json.loads(text, object_pairs_hook=_unique)
-        if not isinstance(found, dict):
-            raise ValueError("expected a table")
-        seal = found.pop("sha256", None)
-        if found.get("format") != version:
+        data = read_small(path)
+        # What has been changed is not even parsed.
+        if data[-_SEAL_BYTES:] != _seal(data[:-_SEAL_BYTES]):
+            raise ValueError("its text is not what was written")
+        found = json.loads(data, object_pairs_hook=_unique)
+        del found["sha256"]
+        if type(found.get("format")) is not int or found["format"] != version:
             raise ValueError(
                 f"expected format {version}, found {found.get('format')!r:.40}"
             )
-        if seal != hashlib.sha256(_canonical(found)).hexdigest():
-            raise ValueError("its text is not what was written")
     except FileNotFoundError:
         raise DamagedError(
             f"{path}: not there; expected a checkpoint of shardkit, with its manifest"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path}: damaged: {error!s:.300}") from None
     return found
 
 
-def _canonical(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+def read_small(path: Path) -> bytes:
+    """Reads a file that must be a regular one, and not a large one.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is something else; a pipe would never end.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("expected a file")
+    if found.st_size > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+    with path.open("rb") as file:
+        return file.read(found.st_size)
+
+
+def is_path(path: str) -> bool:
+    """Whether something may be called so: names that stay where they are put.
+
+    >>> is_path("params/kernel"), is_path("params/../kernel")
+    (True, False)
+    """
+    try:
+        is_text = 0 < len(path.encode()) <= 4096 and "\0" not in path
+    except UnicodeEncodeError:
+        return False
+    return is_text and not {"", ".", ".."} & {*path.split("/")}
+
+
+def _seal(text: bytes) -> bytes:
+    return b',\n "sha256": "%s"\n}' % hashlib.sha256(text).hexdigest().encode()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -246,24 +291,39 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _check_depth(value: Any, where: str, depth: int = 0) -> None:
+    """Refuses what nothing that goes through a table could be expected to stand."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{where}: nested too deeply")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, where, depth + 1)
+
+
 def _leaf(path: str, found: Any) -> LeafRecord:
-    parts = path.split("/")
-    if not path or len(path) > 4096 or "\0" in path or {"", ".", ".."} & {*parts}:
+    if not is_path(path):
         raise ValueError(f"leaves: {path!r:.80} is no path")
-    shape = tuple(_whole(size, path) for size in found["shape"])
-    if len(shape) > _MAX_DIMS or math.prod(shape) > _MAX_SIZE:
+    shape, axes, blocks = (found[name] for name in ("shape", "axes", "blocks"))
+    if type(shape) is not list or len(shape) > _MAX_DIMS:
+        raise ValueError(f"{path}: expected a shape, found {shape!r:.80}")
+    shape = tuple(_whole(size, path) for size in shape)
+    if math.prod(size for size in shape if size) > _MAX_SIZE:
         raise ValueError(f"{path}: expected a shape, found {list(shape)!r:.80}")
-    axes = found["axes"]
     if axes is not None and (
-        len(axes) != len(shape) or not all(isinstance(a, str | None) for a in axes)
+        type(axes) is not list
+        or len(axes) != len(shape)
+        or not all(isinstance(a, str | None) for a in axes)
     ):
         raise ValueError(f"{path}: expected an axis for every dim, found {axes!r:.80}")
-    blocks = tuple(found["blocks"])
-    if not all(isinstance(x, str) and _LANES.fullmatch(x) for x in blocks):
+    if type(blocks) is not list or not all(
+        isinstance(x, str) and _LANES.fullmatch(x) for x in blocks
+    ):
         raise ValueError(f"{path}: its digests are not digests")
+    blocks = tuple(blocks)
     if not isinstance(found["dtype"], str):
         raise ValueError(f"{path}: expected the name of a dtype")
-    leaf = LeafRecord(shape, found["dtype"], blocks, axes and tuple(axes))
+    axes = None if axes is None else tuple(axes)
+    leaf = LeafRecord(shape, found["dtype"], blocks, axes)
     # Only numbers are compared: nothing as large as a shape may claim is made.
     if blocks and len(leaf.blocks) != len(leaf.grid):
         raise ValueError(

@@ -5,6 +5,8 @@ Nothing is read before it is asked for, and nothing is believed before it is ver
 """
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from shardkit.checkpoint.sums import SUMS_NAME, check_sums
 from shardkit.checkpoint.views import View
 from shardkit.errors import DamagedError, RestoreError
 
-__all__ = ["Saved", "find_item", "open_checkpoint", "saved_steps"]
+__all__ = ["Saved", "find_item", "open_checkpoint", "open_item", "saved_steps"]
 
 _ITEMS = ("state", "default", "params", "items")
 
@@ -77,7 +79,22 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Saved:
         ...
         shardkit.errors.RestoreError: /nowhere: expected a checkpoint, found nothing
     """
-    directory = find_item(Path(path), step)
+    saved = open_item(find_item(Path(path), step))
+    if step is not None and saved.manifest and saved.manifest.step != step:
+        raise DamagedError(
+            f"{saved.directory}: expected what was saved at step {step}, found step "
+            f"{saved.manifest.step}"
+        )
+    return saved
+
+
+def open_item(directory: Path) -> Saved:
+    """Opens a directory of arrays.
+
+    Raises:
+        DamagedError: If it is none, or what it says of itself is damaged.
+    """
+    _check_kinds(directory)
     if not (directory / FILE_NAME).exists():
         if (directory / SUMS_NAME).exists():
             raise DamagedError(f"{directory / FILE_NAME}: missing")
@@ -127,8 +144,28 @@ def saved_steps(root: Path) -> list[int]:
     return sorted(
         int(path.name)
         for path in root.iterdir()
-        if path.name.isdecimal() and path.is_dir()
+        if re.fullmatch(r"0|[1-9][0-9]{0,17}", path.name) and path.is_dir()
     )
+
+
+def _check_kinds(directory: Path) -> None:
+    """Refuses pipes and the like, of which the reading would never end."""
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    _check_kinds(Path(entry.path))
+                elif not entry.is_file() and not entry.is_dir() and _exists(entry):
+                    raise DamagedError(f"{entry.path}: expected a file")
+    except OSError as error:
+        raise DamagedError(
+            f"{error.filename}: cannot be read: {error.strerror}"
+        ) from None
+
+
+def _exists(entry: os.DirEntry[str]) -> bool:
+    # A link to nowhere is as good as no file.
+    return os.path.exists(entry.path)
 
 
 def _is_item(path: Path) -> bool:

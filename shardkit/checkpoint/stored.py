@@ -16,14 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from shardkit.checkpoint.manifest import is_path, read_small
 from shardkit.checkpoint.views import Box, View, box_slices
 from shardkit.errors import ConfigError, DamagedError
 
 __all__ = ["METADATA_NAME", "StoredView", "insert", "stored_name", "tree_names"]
 
 METADATA_NAME = "_METADATA"
-_MAX_BYTES = 1 << 28
 _BAD_JSON = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+_UNREADABLE = ValueError, OSError, LookupError, RuntimeError, MemoryError
+"""What TensorStore makes of its status codes."""
 
 
 def stored_name(path: str) -> str:
@@ -89,7 +91,7 @@ class StoredView(View):
             store = self._open()
             try:
                 return np.asarray(store[box_slices(box)].read().result(), order="C")
-            except (ValueError, OSError, IndexError) as error:
+            except _UNREADABLE as error:
                 raise self._error(error) from None
         return np.zeros([stop - start for start, stop in box], self.dtype)
 
@@ -124,7 +126,7 @@ class StoredView(View):
             spec = {"driver": driver, "kvstore": kvstore}
             try:
                 return ts.open(spec, context=_context(), open=True, read=True).result()
-            except (ValueError, OSError) as error:
+            except _UNREADABLE as error:
                 problem = problem or error
         raise self._error(problem)
 
@@ -156,23 +158,14 @@ def tree_names(directory: Path) -> Iterator[str]:
     """
     path = directory / METADATA_NAME
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        for entry in json.loads(path.read_bytes())["tree_metadata"].values():
+        for entry in json.loads(read_small(path))["tree_metadata"].values():
             kind = entry["value_metadata"]["value_type"]
             parts = [str(key["key"]) for key in entry["key_metadata"]]
-            if any("/" in part or part in ("", ".", "..") for part in parts):
-                raise ValueError(f"{parts} is no path")
+            if not is_path("/".join(parts)) or any("/" in part for part in parts):
+                raise ValueError(f"{parts!r:.80} is no path")
             if kind in ("jax.Array", "np.ndarray", "scalar"):
                 yield "/".join(parts)
     except FileNotFoundError:
         raise DamagedError(f"{path}: missing; expected Orbax's") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as e:
+    except _BAD_JSON as e:
         raise DamagedError(f"{path}: damaged: {type(e).__name__}: {e!s:.200}") from None

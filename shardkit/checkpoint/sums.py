@@ -8,12 +8,19 @@ needed. It knows nothing of what the files mean.
 import concurrent.futures
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from shardkit.checkpoint.manifest import FILE_NAME, Manifest, sealed, unsealed
+from shardkit.checkpoint.manifest import (
+    FILE_NAME,
+    Manifest,
+    is_path,
+    sealed,
+    unsealed,
+)
 from shardkit.errors import DamagedError
 
 __all__ = ["SUMS_NAME", "check_sums", "seal"]
@@ -57,14 +64,19 @@ def check_sums(
         that the list itself is bad.
     """
     try:
-        found = unsealed(directory / SUMS_NAME, _FORMAT)
-        wanted = {name: (int(n), str(s)) for name, (n, s) in found["files"].items()}
+        wanted = _parse(unsealed(directory / SUMS_NAME, _FORMAT)["files"])
     except DamagedError as error:
         return [str(error)]
     except (AttributeError, KeyError, TypeError, ValueError):
         return [f"{directory / SUMS_NAME}: damaged: not a list of files"]
-    there = set(_files(directory))
-    bad = [f"{directory / name}: missing" for name in sorted(wanted.keys() - there)]
+    there, others = set(_files(directory)), set(_files(directory, regular=False))
+    bad = [
+        f"{directory / name}: "
+        + ("expected a file, found something else" if name in others else "missing")
+        for name in sorted(wanted.keys() - there)
+    ]
+    extra = sorted((there | others) - wanted.keys())
+    bad += [f"{directory / name}: was not written with the others" for name in extra]
 
     def check(name: str) -> str | None:
         size, expected = wanted[name]
@@ -106,13 +118,22 @@ def write_durably(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def _files(directory: Path) -> Iterator[str]:
-    """Regular files, by their path from `directory`; links are not followed."""
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            path = Path(folder, name)
-            if name not in _OURS and stat.S_ISREG(path.lstat().st_mode):
-                yield path.relative_to(directory).as_posix()
+def _parse(files: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    for name, (size, digest) in files.items():
+        if not is_path(name) or type(size) is not int or type(digest) is not str:
+            raise ValueError(name)
+    return {name: (size, digest) for name, (size, digest) in files.items()}
+
+
+def _files(directory: Path, *, regular: bool = True) -> Iterator[str]:
+    """Regular files, by their path from `directory`; or else links and the like."""
+    for folder, folders, names in os.walk(directory):
+        for path in (Path(folder, name) for name in (*names, *folders)):
+            mode = path.lstat().st_mode
+            name = path.relative_to(directory).as_posix()
+            if name not in _OURS and not stat.S_ISDIR(mode):
+                if stat.S_ISREG(mode) == regular:
+                    yield name
 
 
 _OURS = {SUMS_NAME, "commit_success.txt"}
