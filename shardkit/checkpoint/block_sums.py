@@ -6,7 +6,7 @@ the result does not depend on the sharding.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,25 @@ from shardkit.digest import shard_digests
 from shardkit.keys import raw
 from shardkit.layout import LeafLayout
 
-__all__ = ["BlockSums", "BlockTable", "hex_lanes"]
+__all__ = ["BlockSums", "BlockTable", "held", "hex_lanes"]
+
+
+def held(array: Array) -> Callable[[], Array]:
+    """Holds on to what an array now is, whatever becomes of the array.
+
+    Where the devices are CPUs this copies nothing: a program that is to use up memory
+    which numpy sees takes other memory. To be used where digests are not to hold up
+    the step, as CPUs do not run programs beside it.
+
+    Returns:
+        What makes the array again, without a copy; keys as their words.
+    """
+    array = raw(array)
+    shape, sharding = array.shape, array.sharding
+    pieces = {str(x.index): np.asarray(x.data) for x in array.addressable_shards}
+    return lambda: jax.make_array_from_callback(
+        shape, sharding, lambda index: pieces[str(index)]
+    )
 
 
 class BlockSums:

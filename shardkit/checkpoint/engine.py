@@ -6,6 +6,7 @@ writes is part of that whole. It knows nothing of meshes, manifests or digests.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ ITEM = "state"
 
 CHUNK_BYTES = 16 << 20
 
+_APART_BYTES = 1 << 20
+"""Stacked layers of that many bytes are stored apart, so that each is read alone."""
+
 Keep = checkpoint_managers.PreservationPolicy
 Finish = Callable[[Path], None]
 
@@ -42,6 +46,14 @@ class _Handler(ocp.PyTreeCheckpointHandler):
         super().finalize(directory)
         if jax.process_index() == 0:
             self.finish(Path(directory))
+
+
+def _apart(array: Any) -> tuple[int, ...]:
+    """The dims of which every index is stored apart."""
+    sharding = getattr(array, "sharding", None)
+    shape = sharding.shard_shape(array.shape) if sharding else array.shape
+    rest_bytes = math.prod(shape[1:]) * array.dtype.itemsize
+    return (0,) if len(shape) > 2 and rest_bytes >= _APART_BYTES else ()
 
 
 class Engine:
@@ -111,7 +123,10 @@ class Engine:
         self.wait()
         self._handler.finish = finish
         save_args = jax.tree.map(
-            lambda _: ocp.SaveArgs(chunk_byte_size=self._chunk_bytes), tree
+            lambda x: ocp.SaveArgs(
+                chunk_byte_size=self._chunk_bytes, shard_axes=_apart(x)
+            ),
+            tree,
         )
         item = ocp.args.PyTreeSave(tree, save_args=save_args)
         with self._telling():

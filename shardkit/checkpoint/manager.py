@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from shardkit.checkpoint.block_sums import BlockSums, hex_lanes
+from shardkit.checkpoint.block_sums import BlockSums, held, hex_lanes
 from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
 from shardkit.checkpoint.reader import Saved, open_item
@@ -97,8 +97,7 @@ class Checkpoints:
         """Starts to save a state; returns when the state may change."""
         leaves: list[LeafLayout] = jax.tree.leaves(placement.layout)
         arrays = jax.tree.leaves(state)
-        sums = BlockSums(zip(leaves, arrays, strict=True))
-        sums.share()
+        digest = _digests(leaves, arrays)
         count = placement.mesh.shape[SHARD_AXIS]
         tree: dict[str, Any] = {}
         for leaf, array in zip(leaves, arrays, strict=True):
@@ -109,7 +108,7 @@ class Checkpoints:
         known = {"fingerprint": fingerprint(), "mesh": dict(placement.mesh.shape)}
 
         def finish(directory: Path) -> None:
-            seal(directory, _manifest(step, leaves, sums.result(), facts, known))
+            seal(directory, _manifest(step, leaves, digest(), facts, known))
 
         # Before the rest is counted, lest an earlier one go in their stead.
         for other in self._abandoned:
@@ -259,6 +258,21 @@ def compare_blocks(saved: Saved, found: Mapping[str, np.ndarray]) -> None:
             + "\nfiles:\n  "
             + "\n  ".join(files[:20])
         )
+
+
+def _digests(
+    leaves: Sequence[LeafLayout], arrays: Sequence[jax.Array]
+) -> Callable[[], Mapping[str, np.ndarray]]:
+    """Returns what waits for the digests of arrays that may change from now on."""
+    if jax.process_count() == 1 and jax.default_backend() == "cpu":
+        # CPUs digest in the time of the next step, so there it is put off.
+        later = [held(array) for array in arrays]
+        return lambda: BlockSums(
+            (leaf, array()) for leaf, array in zip(leaves, later, strict=True)
+        ).result()
+    sums = BlockSums(zip(leaves, arrays, strict=True))
+    sums.share()
+    return sums.result
 
 
 def _agree(problem: RestoreError | None, where: str) -> None:

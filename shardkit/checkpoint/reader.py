@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from shardkit.checkpoint.manifest import FILE_NAME, Manifest
-from shardkit.checkpoint.stored import METADATA_NAME, StoredView, tree_names
+from shardkit.checkpoint.stored import (
+    METADATA_NAME,
+    StoredView,
+    shared_context,
+    tree_names,
+)
 from shardkit.checkpoint.sums import SUMS_NAME, check_sums
 from shardkit.checkpoint.views import View
 from shardkit.errors import DamagedError, RestoreError
@@ -95,17 +100,21 @@ def open_item(directory: Path) -> Saved:
         DamagedError: If it is none, or what it says of itself is damaged.
     """
     _check_kinds(directory)
+    context = shared_context()
     if not (directory / FILE_NAME).exists():
         if (directory / SUMS_NAME).exists():
             raise DamagedError(f"{directory / FILE_NAME}: missing")
         return Saved(
             directory,
             None,
-            {name: StoredView(directory, name) for name in tree_names(directory)},
+            {
+                name: StoredView(directory, name, context=context)
+                for name in tree_names(directory)
+            },
         )
     manifest = Manifest.read(directory)
     views = {
-        name: StoredView(directory, name, leaf.stored_shape, leaf.stored_dtype)
+        name: StoredView(directory, name, leaf.stored_shape, leaf.stored_dtype, context)
         for name, leaf in manifest.leaves.items()
     }
     return Saved(directory, manifest, views)

@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from shardkit.checkpoint.views import Box, View, iter_boxes
+from shardkit.checkpoint.views import Box, View, box_shape, iter_boxes
 from shardkit.keys import is_key_dtype
 from shardkit.layout import SHARD_AXIS, LeafLayout
 
@@ -28,6 +28,8 @@ __all__ = ["LIMIT_BYTES", "Target", "place", "read_ahead"]
 
 LIMIT_BYTES = 256 << 20
 _NUM_THREADS = 8
+_TOGETHER_BYTES = 1 << 20
+"""Pieces that are no more together are read at once: a read costs more than they do."""
 
 Job = tuple[int, View, Box]
 """How many bytes will be read, and which."""
@@ -120,49 +122,62 @@ class _Leaf:
         for device, index in self._sharding.addressable_devices_indices_map(
             self._shape
         ).items():
-            # A view's own shape ends where padding begins.
-            box = tuple(
-                (min(i.start or 0, size), min(size if i.stop is None else i.stop, size))
-                for i, size in zip(index or (), view.shape, strict=True)
-            )
-            self._pieces.setdefault(box, []).append(device)
+            self._pieces.setdefault(self._box(index), []).append(device)
         self._piece_shape = self._sharding.shard_shape(self._shape)
+
+    def _box(self, index: Sequence[slice] | None) -> Box:
+        # A view's own shape ends where padding begins.
+        return tuple(
+            (min(i.start or 0, size), min(size if i.stop is None else i.stop, size))
+            for i, size in zip(index or (), self._view.shape, strict=True)
+        )
 
     def jobs(self) -> Iterator[Job]:
         """Yields what `make` will ask for, in its order."""
-        for box in self._pieces:
-            for part in self._parts(box):
-                size = math.prod(stop - start for start, stop in part)
-                yield size * self._view.dtype.itemsize, self._view, part
+        for box in self._reads():
+            yield self._num_bytes(box), self._view, box
 
     def make(self, results: Iterator[np.ndarray]) -> Array:
         """Takes what was read, and makes the array."""
-        made = {}
-        for box, devices in self._pieces.items():
-            made |= dict(zip(devices, self._piece(box, devices, results), strict=True))
-        order = self._sharding.addressable_devices_indices_map(self._shape)
-        array = jax.make_array_from_single_device_arrays(
-            self._shape, self._sharding, [made[device] for device in order]
-        )
-        if self._is_lent():
-            array = jax.jit(jnp.copy, out_shardings=self._sharding)(array)
+        if self._is_large:
+            array = self._from_parts(results)
+        else:
+            read = {box: next(results) for box in self._reads()}
+            pieces = {box: self._piece(box, read) for box in self._pieces}
+            array = jax.make_array_from_callback(
+                self._shape, self._sharding, lambda index: pieces[self._box(index)]
+            )
+            if _is_lent(array, pieces.values()):
+                array = jax.device_put(array, self._sharding, may_alias=False)
+                # What was read is held until it is copied.
+                jax.block_until_ready(array)
         # Keys differ in name alone.
         return jax.random.wrap_key_data(array) if self._is_key else array
-
-    def _is_lent(self) -> bool:
-        """Whether arrays are views of numpy's memory, which no program can use up."""
-        is_cpu = next(iter(self._sharding.device_set)).platform == "cpu"
-        return is_cpu and not self._is_large
 
     @property
     def _is_large(self) -> bool:
         piece_bytes = math.prod(self._piece_shape) * self._view.dtype.itemsize
         return piece_bytes > self._chunk_bytes
 
-    def _parts(self, box: Box) -> Iterator[Box]:
-        if not self._is_large:
-            yield box
+    def _num_bytes(self, box: Box) -> int:
+        return math.prod(box_shape(box)) * self._view.dtype.itemsize
+
+    def _reads(self) -> Iterator[Box]:
+        """What is read at once: pieces, parts of large ones, or many small ones."""
+        if self._is_large:
+            for box in self._pieces:
+                yield from self._parts(box)
             return
+        around = tuple(
+            (min(start for start, _ in ends), max(stop for _, stop in ends))
+            for ends in zip(*self._pieces, strict=True)
+        )
+        if self._num_bytes(around) <= _TOGETHER_BYTES:
+            yield around
+        else:
+            yield from self._pieces
+
+    def _parts(self, box: Box) -> Iterator[Box]:
         shape = tuple(stop - start for start, stop in box)
         for part in iter_boxes(shape, self._view.dtype.itemsize, self._chunk_bytes):
             yield tuple(
@@ -170,27 +185,52 @@ class _Leaf:
                 for (first, _), (start, stop) in zip(box, part, strict=True)
             )
 
-    def _piece(
-        self, box: Box, devices: Sequence[Any], results: Iterator[np.ndarray]
-    ) -> list[Array]:
-        if not self._is_large:
-            data = next(results)
-            if data.shape != self._piece_shape:
-                whole = np.zeros(self._piece_shape, data.dtype)
-                whole[tuple(slice(0, size) for size in data.shape)] = data
-                data = whole
-            return [jax.device_put(data, device) for device in devices]
-        pieces = [
-            jnp.zeros(self._piece_shape, self._view.dtype, device=device)
-            for device in devices
+    def _piece(self, box: Box, read: Mapping[Box, np.ndarray]) -> np.ndarray:
+        """Takes one piece from what was read, and adds its padding."""
+        around = box if box in read else next(iter(read))
+        starts = [start for start, _ in around]
+        data = read[around][
+            tuple(slice(a - s, b - s) for (a, b), s in zip(box, starts, strict=True))
         ]
-        for part in self._parts(box):
-            data = next(results)
-            start = [a - first for (a, _), (first, _) in zip(part, box, strict=True)]
-            pieces = [_written(piece, data, start) for piece in pieces]
-            # What was read is held until it is written.
-            jax.block_until_ready(pieces)
-        return pieces
+        if data.shape == self._piece_shape:
+            return data
+        whole = np.zeros(self._piece_shape, data.dtype)
+        whole[tuple(slice(0, size) for size in data.shape)] = data
+        return whole
+
+    def _from_parts(self, results: Iterator[np.ndarray]) -> Array:
+        """Writes what is read into arrays that are there already."""
+        made = {}
+        for box, devices in self._pieces.items():
+            pieces = [
+                jnp.zeros(self._piece_shape, self._view.dtype, device=device)
+                for device in devices
+            ]
+            for part in self._parts(box):
+                data = next(results)
+                start = [
+                    a - first for (a, _), (first, _) in zip(part, box, strict=True)
+                ]
+                pieces = [_written(piece, data, start) for piece in pieces]
+                # What was read is held until it is written.
+                jax.block_until_ready(pieces)
+            made |= dict(zip(devices, pieces, strict=True))
+        order = self._sharding.addressable_devices_indices_map(self._shape)
+        return jax.make_array_from_single_device_arrays(
+            self._shape, self._sharding, [made[device] for device in order]
+        )
+
+
+def _is_lent(array: Array, pieces: Iterable[np.ndarray]) -> bool:
+    """Whether it may share numpy's memory, which no program can use up."""
+    if next(iter(array.sharding.device_set)).platform != "cpu":
+        return False
+    if array.nbytes <= _TOGETHER_BYTES:
+        # To copy it costs no more than to find out.
+        return True
+    spans = [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in pieces]
+    starts = [x.data.unsafe_buffer_pointer() for x in array.addressable_shards]
+    return any(a <= start < b for a, b in spans for start in starts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

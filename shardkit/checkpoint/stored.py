@@ -10,7 +10,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,17 @@ from shardkit.checkpoint.manifest import is_path, read_small
 from shardkit.checkpoint.views import Box, View, box_slices
 from shardkit.errors import ConfigError, DamagedError
 
-__all__ = ["METADATA_NAME", "StoredView", "insert", "stored_name", "tree_names"]
+__all__ = [
+    "METADATA_NAME",
+    "StoredView",
+    "insert",
+    "shared_context",
+    "stored_name",
+    "tree_names",
+]
 
 METADATA_NAME = "_METADATA"
+_INDEX_BYTES = 32 << 20
 _BAD_JSON = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
 _UNREADABLE = ValueError, OSError, LookupError, RuntimeError, MemoryError
 """What TensorStore makes of its status codes."""
@@ -56,6 +64,28 @@ def insert(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
+def shared_context() -> Callable[[], Any]:
+    """What arrays of one checkpoint share: a cache of its index, and threads.
+
+    Without the cache every read would read the index anew. Without threads of their
+    own, a thread of TensorStore's would wait for itself where a view is streamed into
+    a store, and so is read by the thread that writes.
+    """
+
+    @functools.cache
+    def make() -> Any:
+        import tensorstore as ts
+
+        return ts.Context(
+            {
+                "cache_pool#ocdbt": {"total_bytes_limit": _INDEX_BYTES},
+                "data_copy_concurrency": {"limit": max(2, os.cpu_count() or 2)},
+            }
+        )
+
+    return make
+
+
 class StoredView(View):
     """One stored array; it is opened when it is first needed.
 
@@ -64,6 +94,7 @@ class StoredView(View):
         path: Its path in the tree.
         shape: What it has to have, if that is known.
         dtype: Likewise.
+        context: What it shares with the others there: see `shared_context`.
 
     Raises:
         DamagedError: When it is opened or read, if it cannot be.
@@ -75,8 +106,10 @@ class StoredView(View):
         path: str,
         shape: tuple[int, ...] | None = None,
         dtype: np.dtype | None = None,
+        context: Callable[[], Any] | None = None,
     ) -> None:
         self._directory, self._path = directory, path
+        self._context = context or shared_context()
         self._store: Any = None
         self._lock = threading.Lock()
         if shape is None or dtype is None:
@@ -118,14 +151,21 @@ class StoredView(View):
         name = f"{stored_name(self._path)}/"
         base = {"driver": "file", "path": f"{self._directory}/"}
         if (self._directory / "manifest.ocdbt").exists():
-            kvstore = {"driver": "ocdbt", "base": base, "path": name}
+            kvstore = {
+                "driver": "ocdbt",
+                "base": base,
+                "path": name,
+                "cache_pool": "cache_pool#ocdbt",
+            }
         else:
             kvstore = {**base, "path": base["path"] + name}
         problem: Exception | None = None
         for driver in ("zarr", "zarr3"):
             spec = {"driver": driver, "kvstore": kvstore}
             try:
-                return ts.open(spec, context=_context(), open=True, read=True).result()
+                return ts.open(
+                    spec, open=True, read=True, context=self._context()
+                ).result()
             except _UNREADABLE as error:
                 problem = problem or error
         raise self._error(problem)
@@ -136,18 +176,6 @@ class StoredView(View):
         return DamagedError(
             f"{self._directory}: {self._path} cannot be read: {text:.300}"
         )
-
-
-@functools.cache
-def _context() -> Any:
-    """Returns threads of its own, on which no thread of TensorStore's waits for itself.
-
-    It would where a view is streamed into a store, and read by the thread that writes.
-    """
-    import tensorstore as ts
-
-    threads = {"limit": max(2, os.cpu_count() or 2)}
-    return ts.Context({"data_copy_concurrency": threads})
 
 
 def tree_names(directory: Path) -> Iterator[str]:
