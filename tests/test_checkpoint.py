@@ -382,3 +382,14 @@ def test_what_could_not_be_written_is_told_and_can_be_saved_again(
     again, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path))
     assert again.restore() == 4
     assert again.state_digest() == trainer.state_digest()
+
+
+def test_another_global_batch_is_another_run(make, saved):
+    _, config = saved
+
+    def twice(step):
+        return jax.tree.map(lambda x: np.concatenate([x, x]), linear_data(step))
+
+    trainer, _ = make(data=twice, checkpoint=config)
+    with pytest.raises(sk.RestoreError, match="rows +saved 24 +now 48"):
+        trainer.restore()

@@ -217,7 +217,8 @@ def open_history(
     random = {"seed": run["seed"], "generator": "threefry2x32", "partitionable": True}
     return History(
         Checkpoints(config),
-        {**corpus, **run},
+        # Of another global batch, the examples of a step would be others.
+        {**corpus, "rows": rows, **run},
         random,
         {"rows": rows, **corpus},
         events,
