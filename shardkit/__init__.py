@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardkit import checkpoint as checkpoint
     from shardkit import data as data
     from shardkit import keys as keys
     from shardkit import nn as nn
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from shardkit.trainer import Trainer as Trainer
     from shardkit.version import __version__ as __version__
 
-_MODULES = ("data", "keys", "nn")
+_MODULES = ("checkpoint", "data", "keys", "nn")
 _HOMES = {
     "checkpoint": "CheckpointConfig",
     "errors": "CertificateError ConfigError DamagedError DataError InexactError "

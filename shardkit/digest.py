@@ -93,7 +93,7 @@ def shard_digests(
     # Chunks start at multiples of their size, wherever the shard does.
     num_chunks = -(-size // blocks.chunk) + 1
     room = jnp.zeros((*rows.shape[:-1], num_chunks * blocks.chunk), jnp.uint32)
-    offset = [0] * (rows.ndim - 1) + [start[dim] % blocks.chunk]
+    offset = [jnp.int32(0)] * (rows.ndim - 1) + [start[dim] % blocks.chunk]
     room = lax.dynamic_update_slice(room, rows, offset)
     room = room.reshape(*rows.shape[:-1], num_chunks, blocks.chunk)
     return jnp.sum(room, axis=-1, dtype=jnp.uint32)

@@ -391,5 +391,5 @@ def test_another_global_batch_is_another_run(make, saved):
         return jax.tree.map(lambda x: np.concatenate([x, x]), linear_data(step))
 
     trainer, _ = make(data=twice, checkpoint=config)
-    with pytest.raises(sk.RestoreError, match="rows +saved 24 +now 48"):
+    with pytest.raises(sk.RestoreError, match=r"rows +saved 24 +now 48"):
         trainer.restore()

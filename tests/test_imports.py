@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ TIERS = [
     "trainer",
     "config",
     "optim report cli testing",
+    "command",
+    "__main__",
     "shardkit",
     "build",
 ]
@@ -150,6 +153,16 @@ def test_every_public_name_is_declared_for_type_checkers_and_is_there():
     assert all(hasattr(shardkit, name) for name in shardkit.__all__)
 
 
+def test_every_name_of_checkpoint_is_declared_and_is_there():
+    imports = iterate_imports(PACKAGE[Path("shardkit/checkpoint/__init__.py")])
+    declared = [name for _, name, _ in imports if name.startswith("shardkit.")]
+    names = shardkit.checkpoint.__all__
+    assert sorted(name.split(".")[-1] for name in declared) == names
+    found = {name: getattr(shardkit.checkpoint, name) for name in names}
+    # A module inside the package would take the place of a function of its name.
+    assert not [name for name, x in found.items() if isinstance(x, types.ModuleType)]
+
+
 def test_no_future_annotations_and_no_relative_imports():
     def is_refused(_, name, __):
         return name == "__future__.annotations" or name.startswith(".")
@@ -164,7 +177,11 @@ def test_no_module_is_too_long():
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".cli", ".config", ".data", ".membership", ".prefetch", ".report"]
+    "module",
+    [
+        *("", ".checkpoint", ".cli", ".command.main", ".config", ".data"),
+        *(".membership", ".prefetch", ".report"),
+    ],
 )
 def test_importing_does_not_import_jax(module):
     program = f"import sys, shardkit{module}; sys.exit('jax' in sys.modules)"

@@ -21,8 +21,8 @@ import numpy as np
 from shardkit.checkpoint.block_sums import BlockSums, held, hex_lanes
 from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
-from shardkit.checkpoint.reader import Saved, open_item
 from shardkit.checkpoint.placing import Target, place
+from shardkit.checkpoint.reader import Saved, open_item
 from shardkit.checkpoint.stored import insert
 from shardkit.checkpoint.sums import check_sums, seal
 from shardkit.digest import combine_digests

@@ -79,7 +79,7 @@ def place(
     """
     plans = [_Leaf(x, views[x.path], limit_bytes // 8) for x in targets]
     jobs = (job for plan in plans for job in plan.jobs())
-    results = read_ahead(jobs, limit_bytes // 2)
+    results = read_ahead(jobs, limit_bytes // 4)
     try:
         for plan in plans:
             yield plan.make(results)

@@ -5,26 +5,23 @@ like those that a run saves: with a manifest, digests and checksums, there as a 
 or not at all.
 """
 
-import functools
 import math
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from shardkit.arguments import check_choice
-from shardkit.blocks import Blocks
-from shardkit.checkpoint.block_sums import BlockTable, hex_lanes
+from shardkit.checkpoint.block_sums import hex_lanes
 from shardkit.checkpoint.engine import CHUNK_BYTES, Engine
+from shardkit.checkpoint.host_sums import HostSums
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
 from shardkit.checkpoint.stored import insert
 from shardkit.checkpoint.streaming import Streamed
 from shardkit.checkpoint.sums import seal
-from shardkit.checkpoint.views import Box, View, box_shape, iter_boxes
-from shardkit.digest import combine_digests, shard_digests
+from shardkit.checkpoint.views import View
+from shardkit.digest import combine_digests
 from shardkit.errors import RestoreError
 from shardkit.layout import LeafLayout
 
@@ -76,15 +73,17 @@ def write_checkpoint(
         raise RestoreError(
             f"{root / str(step)}: is there already; write to another directory"
         )
-    digests = {path: _Digest(path, view) for path, view in tree.items()}
+    digests = {path: HostSums(view) for path, view in tree.items()}
     nested: dict[str, Any] = {}
     for path, view in tree.items():
         if math.prod(view.shape):
-            streamed = Streamed(view, digests[path].listen, _CODECS[compress])
+            streamed = Streamed(view, digests[path].add, _CODECS[compress])
             insert(nested, path, streamed)
 
     def finish(directory: Path) -> None:
-        tables = {path: digest.table(limit_bytes) for path, digest in digests.items()}
+        tables = {
+            path: digest.table(limit_bytes // 16) for path, digest in digests.items()
+        }
         seal(directory, _manifest(tree, tables, like, records or {}, step))
 
     engine = Engine(
@@ -97,40 +96,6 @@ def write_checkpoint(
     finally:
         engine.close()
     return root / str(step)
-
-
-class _Digest:
-    """The digests of the blocks of a view, found as its boxes are written."""
-
-    def __init__(self, path: str, view: View) -> None:
-        self._leaf = LeafLayout("", view.shape, view.dtype)
-        self._blocks = Blocks.of(view.shape, view.dtype.itemsize)
-        self._view, self._lock = view, threading.Lock()
-        self._parts: dict[Box, np.ndarray] = {}
-
-    def listen(self, box: Box, data: np.ndarray) -> None:
-        """Takes a box; one that is read again counts once."""
-        start = np.array([first for first, _ in box], np.int32)
-        sums = np.asarray(_shard_digests(data, start, self._leaf, self._blocks))
-        with self._lock:
-            self._parts[box] = sums
-
-    def table(self, limit_bytes: int) -> np.ndarray:
-        """Adds up all boxes: `uint32 [blocks, 4]`."""
-        size = sum(math.prod(box_shape(box)) for box in self._parts)
-        if size != math.prod(self._view.shape):
-            # Boxes that overlap cannot be added up, so it is read once more.
-            self._parts.clear()
-            view, itemsize = self._view, self._view.dtype.itemsize
-            for box in iter_boxes(view.shape, itemsize, limit_bytes // 16):
-                self.listen(box, view.read(box))
-        table = BlockTable(self._blocks)
-        for box, sums in self._parts.items():
-            table.add(sums, [start for start, _ in box[: len(self._blocks.grid)]])
-        return table.lanes()
-
-
-_shard_digests = functools.partial(jax.jit, static_argnums=(2, 3))(shard_digests)
 
 
 def _manifest(

@@ -75,15 +75,30 @@ class _Handler(type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         # Several at a time would hold several times as much.
         self._turn: asyncio.Lock | None = None
+        self._num_open, self._has_failed = 0, False
 
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
         self._turn = self._turn or asyncio.Lock()
-        async with self._turn:
-            if value.codec is not None:
-                tspec["metadata"]["compressor"] = dict(value.codec)
-            spec = ts.Spec(tspec)
-            target = await ts.open(spec, create=True, open=True, context=ts_context)
-            await value.write(target)
+        self._num_open += 1
+        try:
+            async with self._turn:
+                if self._has_failed:
+                    return
+                if value.codec is not None:
+                    tspec["metadata"]["compressor"] = dict(value.codec)
+                spec = ts.Spec(tspec)
+                target = await ts.open(spec, create=True, open=True, context=ts_context)
+                await value.write(target)
+        except Exception:
+            # Orbax hears of it when nobody writes, or waits to, any more.
+            self._has_failed = True
+            while self._num_open > 1:
+                await asyncio.sleep(0.01)
+            raise
+        finally:
+            self._num_open -= 1
+            # The next save begins anew.
+            self._has_failed = self._has_failed and self._num_open > 0
 
 
 def handlers() -> Any:
