@@ -17,7 +17,13 @@ from shardkit.checkpoint.history import History
 from shardkit.checkpoint.remap import Remap
 from shardkit.digest import combine_digests
 from shardkit.elastic import Transition, differences
-from shardkit.errors import ConfigError, LostStateError, Preempted, RestoreError
+from shardkit.errors import (
+    ConfigError,
+    LostStateError,
+    Preempted,
+    RestoreError,
+    SaveError,
+)
 from shardkit.events import EventLog
 from shardkit.membership import Change
 from shardkit.mesh import device_ids
@@ -323,6 +329,7 @@ class Controller:
         # What is live is given up first: two states may not fit.
         self.step = self._saved().choose(step, remap)
         self.live, self._is_restored, self._is_lost = None, True, False
+        self.metrics = {}
         return self.step
 
     def leave(self) -> None:
@@ -337,7 +344,12 @@ class Controller:
                 f"asked to leave; nothing has changed since step {self.step}"
             )
         with self.waiter.ignoring():
-            self.save(wait=True)
+            try:
+                self.save(wait=True)
+            except SaveError as error:
+                # It may have been the save before this one that failed.
+                self.events.emit("notice", message=str(error))
+                self.save(wait=True)
         raise Preempted(f"asked to leave; step {self.step} is saved")
 
     def wait_for_standby(self, timeout_s: float) -> bool:

@@ -11,7 +11,8 @@ import pytest
 from problems import consume, fields_of, linear, linear_data, mean_loss
 
 import shardkit as sk
-from shardkit import digest, placement
+from shardkit import placement
+from shardkit.checkpoint import manager, sums
 from shardkit.testing import run_digest
 from shardkit.waits import POLL_S
 
@@ -172,19 +173,22 @@ def test_sigterm_is_heard_while_an_evaluation_compiles(make, tmp_path):
     assert fields_of(events, "eval") == []
 
 
-def test_sigterm_while_digests_compile_still_saves(make, tmp_path, monkeypatch):
-    def leaf_digest(x, leaf):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5 * POLL_S)
-        return digest.leaf_digest(x, leaf)
+def test_sigterm_while_a_checkpoint_is_written_still_saves(make, tmp_path, monkeypatch):
+    def seal(directory, manifest):
+        if manifest.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5 * POLL_S)
+        sums.seal(directory, manifest)
 
-    monkeypatch.setattr(placement, "leaf_digest", leaf_digest)
+    monkeypatch.setattr(manager, "seal", seal)
     checkpoint = sk.CheckpointConfig(directory=tmp_path, every=2)
     trainer, _ = make(checkpoint=checkpoint)
-    membership = sk.signals()
-    with pytest.raises(sk.Preempted, match="step 2 is saved"):
-        list(trainer.run(steps=9, membership=membership))
-    assert make(checkpoint=checkpoint)[0].restore() == 2
+    with pytest.raises(sk.Preempted, match=r"step \d is saved"):
+        list(trainer.run(steps=10**6, membership=sk.signals()))
+    again, _ = make(checkpoint=checkpoint)
+    assert 2 in again.saved_steps
+    assert again.restore() == trainer.step
+    assert again.state_digest() == trainer.state_digest()
 
 
 def test_sigterm_is_heard_while_a_batch_is_waited_for(make, tmp_path):

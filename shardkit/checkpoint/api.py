@@ -17,8 +17,8 @@ from shardkit.checkpoint.block_sums import BlockSums, hex_lanes
 from shardkit.checkpoint.check import check_blocks
 from shardkit.checkpoint.engine import Engine
 from shardkit.checkpoint.host_sums import HostSums
-from shardkit.checkpoint.manager import compare_blocks, fingerprint
-from shardkit.checkpoint.manifest import LeafRecord, Manifest
+from shardkit.checkpoint.manager import agreed, compare_blocks, fingerprint
+from shardkit.checkpoint.manifest import LeafRecord, Manifest, check_savable
 from shardkit.checkpoint.placing import Target, place
 from shardkit.checkpoint.reader import Saved, open_checkpoint, saved_steps
 from shardkit.checkpoint.remap import Remap
@@ -60,11 +60,13 @@ def save(path: str | Path, tree: Any, *, step: int = 0) -> Path:
     path = Path(path).absolute()
     if step in saved_steps(path):
         raise RestoreError(f"{path / str(step)}: is there already; name another step")
-    leaves: dict[str, Any] = {
-        name: x if isinstance(x, jax.Array) else np.asarray(x)
+    pairs = [
+        (name, x if isinstance(x, jax.Array) else np.asarray(x))
         for name, x in named_leaves(tree)
-    }
-    layouts = [LeafLayout(name, x.shape, x.dtype) for name, x in leaves.items()]
+    ]
+    layouts = [LeafLayout(name, x.shape, x.dtype) for name, x in pairs]
+    check_savable(layouts)
+    leaves: dict[str, Any] = dict(pairs)
     on_devices = BlockSums(
         (layout, leaves[layout.path])
         for layout in layouts
@@ -135,10 +137,11 @@ def restore(
         if isinstance(leaf, jax.ShapeDtypeStruct)
     ]
     sums, arrays = BlockSums(), {}
-    for target, array in zip(targets, place(views, targets), strict=True):
-        arrays[target.path] = array
-        # While the next leaf is read, devices digest this one.
-        sums.add(LeafLayout(target.path, target.shape, target.dtype), array)
+    with agreed(str(saved.directory)):
+        for target, array in zip(targets, place(views, targets), strict=True):
+            arrays[target.path] = array
+            # While the next leaf is read, devices digest this one.
+            sums.add(LeafLayout(target.path, target.shape, target.dtype), array)
     sums.share()
     tables = sums.result()
     for name in wanted.keys() - arrays.keys():

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardkit.blocks import Blocks
 from shardkit.digest import shard_digests
+from shardkit.errors import DamagedError
 from shardkit.keys import raw
 from shardkit.layout import LeafLayout
 
@@ -113,9 +114,15 @@ class _Leaf:
     def table(self) -> np.ndarray:
         """Adds up what the shards of this process know: `uint32 [blocks, 4]`."""
         table = BlockTable(self._blocks)
+        seen: dict[str, np.ndarray] = {}
         for shard in self._sums.addressable_shards if self._sums is not None else ():
+            sums = np.asarray(shard.data)[0]
+            if (sums != seen.setdefault(str(shard.index), sums)).any():
+                raise DamagedError(
+                    f"{self.path}: device {shard.device} holds other bits than another "
+                    f"that should hold the same, {shard.index}"
+                )
             if shard.replica_id == 0:
-                sums = np.asarray(shard.data)[0]
                 starts = [i.start or 0 for i in shard.index[2:]]
                 if starts:
                     starts[-1] = starts[-1] // sums.shape[-1] * self._piece

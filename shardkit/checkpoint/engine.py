@@ -44,8 +44,10 @@ class _Handler(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
+        # What it holds on to is as large as what was saved.
+        finish, self.finish = self.finish, lambda directory: None
         if jax.process_index() == 0:
-            self.finish(Path(directory))
+            finish(Path(directory))
 
 
 def _apart(array: Any) -> tuple[int, ...]:
@@ -81,7 +83,7 @@ class Engine:
         self._handler = _Handler(use_compression=compress)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(ITEM, ocp.args.PyTreeSave, self._handler)
-        # What is not complete goes when the next is saved: it is no checkpoint.
+        # What is not complete is no checkpoint; it goes when a run begins.
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, cleanup_tmp_directories=True
         )
@@ -121,6 +123,12 @@ class Engine:
         """
         # The one before is committed first, as Orbax would see to it too.
         self.wait()
+        if (self.directory / str(step)).exists():
+            # Orbax would delete it before it writes another.
+            raise RestoreError(
+                f"{self.directory}: step {step} has been saved by another run "
+                "meanwhile. Give every run a directory of its own."
+            )
         self._handler.finish = finish
         save_args = jax.tree.map(
             lambda x: ocp.SaveArgs(
@@ -141,7 +149,8 @@ class Engine:
     def delete(self, step: int) -> None:
         """Deletes a checkpoint, if it is not being deleted already."""
         if step in self._manager.all_steps():
-            self._manager.delete(step)
+            with self._telling():
+                self._manager.delete(step)
 
     def wait(self) -> None:
         """Waits until what was saved is committed.

@@ -14,12 +14,14 @@ from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.manager import (
     Checkpoints,
     Facts,
+    agreed,
     check_run,
     load,
     wanted_views,
 )
 from shardkit.checkpoint.reader import Saved, saved_steps
 from shardkit.checkpoint.remap import Remap
+from shardkit.checkpoint.sums import check_sums
 from shardkit.errors import DamagedError, RestoreError, SaveError
 from shardkit.events import EventLog
 from shardkit.placement import Placement
@@ -105,6 +107,11 @@ class History:
         Raises:
             RestoreError: If there is none that can be.
         """
+        try:
+            self.wait()
+        except SaveError as error:
+            # What was saved before is whole, and is what is wanted now.
+            self._events.emit("notice", message=str(error))
         self._checkpoints.reload()
         saved = self._checkpoints.steps()
         if not saved or step not in (None, *saved):
@@ -133,7 +140,9 @@ class History:
                 return manifest.step, self._read(self._chosen, placement)
             except DamagedError as error:
                 earlier = [s for s in self.steps() if s < manifest.step]
-                if self._is_certain or not earlier:
+                # What can only not be read at the moment is nothing to go back from.
+                is_whole = not check_sums(self._chosen.directory)
+                if self._is_certain or not earlier or is_whole:
                     raise
                 self._pass_over(manifest.step, error)
                 self._take(earlier[::-1])
@@ -142,7 +151,8 @@ class History:
         if self._remap is None:
             return load(saved, placement)
         # Digests are of what was saved, not of what is made of it.
-        saved.verified()
+        with agreed(str(saved.directory)):
+            saved.verified()
         views = self._remap.apply(saved.views, wanted_views(placement))
         made = Saved(saved.directory, saved.manifest, views)
         return load(made, placement, verify=False)
@@ -184,8 +194,9 @@ class History:
         """Forgets what could not be saved, so that it can be saved again."""
         try:
             yield
-        except SaveError:
-            self._own &= {*saved_steps(self._checkpoints.directory)}
+        except BaseException:
+            there = {*saved_steps(self._checkpoints.directory)}
+            self._own &= there - self._checkpoints.abandoned
             raise
 
     def close(self) -> None:

@@ -6,11 +6,12 @@ digests of what was saved, or an error names the block. Storing, committing and
 retention are Orbax's.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from shardkit.checkpoint.block_sums import BlockSums, held, hex_lanes
 from shardkit.checkpoint.config import CheckpointConfig
-from shardkit.checkpoint.manifest import LeafRecord, Manifest
+from shardkit.checkpoint.manifest import LeafRecord, Manifest, check_savable
 from shardkit.checkpoint.placing import Target, place
 from shardkit.checkpoint.reader import Saved, open_item
 from shardkit.checkpoint.stored import insert
@@ -33,7 +34,7 @@ from shardkit.placement import Placement
 from shardkit.state_moves import to_host
 from shardkit.tree import format_table
 
-__all__ = ["Checkpoints", "Facts", "check_run", "compare_blocks", "load"]
+__all__ = ["Checkpoints", "Facts", "agreed", "check_run", "compare_blocks", "load"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class Checkpoints:
 
     Attributes:
         directory: Where, as an absolute path.
+        abandoned: Steps that were gone back from, which the next save removes.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
@@ -83,21 +85,22 @@ class Checkpoints:
             keep=retention(config, self._metrics),
             compress=config.compress,
         )
-        self._abandoned: set[int] = set()
+        self.abandoned: set[int] = set()
 
     def steps(self) -> list[int]:
         """What is saved or being saved, oldest first, without what was left."""
-        return sorted(set(self._engine.steps()) - self._abandoned)
+        return sorted(set(self._engine.steps()) - self.abandoned)
 
     def go_back(self, step: int) -> None:
         """Takes a step for the newest; the next save removes what is after it."""
-        self._abandoned = {s for s in self._engine.steps() if s > step}
+        self.abandoned = {s for s in self._engine.steps() if s > step}
 
     def save(self, step: int, state: Any, placement: Placement, facts: Facts) -> None:
         """Starts to save a state; returns when the state may change."""
         leaves: list[LeafLayout] = jax.tree.leaves(placement.layout)
         arrays = jax.tree.leaves(state)
         digest = _digests(leaves, arrays)
+        check_savable(leaves)
         count = placement.mesh.shape[SHARD_AXIS]
         tree: dict[str, Any] = {}
         for leaf, array in zip(leaves, arrays, strict=True):
@@ -111,9 +114,9 @@ class Checkpoints:
             seal(directory, _manifest(step, leaves, digest(), facts, known))
 
         # Before the rest is counted, lest an earlier one go in their stead.
-        for other in self._abandoned:
+        for other in self.abandoned:
             self._engine.delete(other)
-        self._abandoned = set()
+        self.abandoned = set()
         best = {k: float(v) for k, v in facts.metrics.items() if k == self._best}
         self._engine.save(step, tree, finish, best)
 
@@ -198,15 +201,13 @@ def load(saved: Saved, placement: Placement, *, verify: bool = True) -> Any:
     arrays = _begun(placement, {leaf.path for leaf in leaves} - saved.views.keys())
     read = [leaf for leaf in leaves if leaf.path not in arrays]
     targets = [Target.of_leaf(leaf, placement.mesh) for leaf in read]
-    sums, problem = BlockSums(), None
-    try:
+    sums = BlockSums()
+    with agreed(str(saved.directory)):
         for leaf, array in zip(read, place(saved.views, targets), strict=True):
             # On their way to the next leaf, devices digest this one.
-            sums.add(leaf, array)
+            if verify:
+                sums.add(leaf, array)
             arrays[leaf.path] = array
-    except RestoreError as error:
-        problem = error
-    _agree(problem, str(saved.directory))
     if verify:
         sums.share()
         compare_blocks(saved, sums.result())
@@ -275,15 +276,27 @@ def _digests(
     return sums.result
 
 
-def _agree(problem: RestoreError | None, where: str) -> None:
-    """Raises if any process has a problem, so that none waits for it."""
+@contextlib.contextmanager
+def agreed(where: str) -> Iterator[None]:
+    """Ends for all processes alike: none goes on, and waits, if one has failed.
+
+    Raises:
+        RestoreError: If another process has failed; else what this one raised.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         failed = multihost_utils.process_allgather(np.array(problem is not None))
         ranks = np.flatnonzero(failed)
         if problem is None and len(ranks):
-            raise DamagedError(f"{where}: processes {ranks.tolist()} cannot read it")
+            problem = DamagedError(
+                f"{where}: processes {ranks.tolist()} cannot read it"
+            )
     if problem is not None:
         raise problem
 

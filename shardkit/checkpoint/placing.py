@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.dtypes import canonicalize_dtype
 from jax.sharding import Mesh
 
 from shardkit.checkpoint.views import Box, View, box_shape, iter_boxes
+from shardkit.errors import RestoreError
 from shardkit.keys import is_key_dtype
 from shardkit.layout import SHARD_AXIS, LeafLayout
 
@@ -77,6 +79,16 @@ def place(
     Raises:
         RestoreError: If something cannot be read.
     """
+    narrowed = [
+        f"{x.path} ({x.dtype})"
+        for x in targets
+        if not is_key_dtype(x.dtype) and canonicalize_dtype(x.dtype) != x.dtype
+    ]
+    if narrowed:
+        raise RestoreError(
+            f"{', '.join(narrowed[:20])}: JAX would cut off bits; set jax_enable_x64, "
+            "or ask for numpy's arrays"
+        )
     plans = [_Leaf(x, views[x.path], limit_bytes // 8) for x in targets]
     jobs = (job for plan in plans for job in plan.jobs())
     results = read_ahead(jobs, limit_bytes // 4)

@@ -16,7 +16,7 @@ from shardkit.arguments import check_choice
 from shardkit.checkpoint.block_sums import hex_lanes
 from shardkit.checkpoint.engine import CHUNK_BYTES, Engine
 from shardkit.checkpoint.host_sums import HostSums
-from shardkit.checkpoint.manifest import LeafRecord, Manifest
+from shardkit.checkpoint.manifest import LeafRecord, Manifest, check_savable
 from shardkit.checkpoint.stored import insert
 from shardkit.checkpoint.streaming import Streamed
 from shardkit.checkpoint.sums import seal
@@ -73,6 +73,9 @@ def write_checkpoint(
         raise RestoreError(
             f"{root / str(step)}: is there already; write to another directory"
         )
+    check_savable(
+        LeafLayout(path, view.shape, view.dtype) for path, view in tree.items()
+    )
     digests = {path: HostSums(view) for path, view in tree.items()}
     nested: dict[str, Any] = {}
     for path, view in tree.items():
