@@ -5,7 +5,6 @@ restored has, block by block, the digests of what was saved, or an error names t
 block. It keeps no steps and runs nothing in the background.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,22 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from shardkit.checkpoint.block_sums import BlockSums, hex_lanes
+from shardkit.checkpoint.block_sums import BlockSums, manifest_of
 from shardkit.checkpoint.check import check_blocks
 from shardkit.checkpoint.engine import Engine
 from shardkit.checkpoint.host_sums import HostSums
-from shardkit.checkpoint.manager import agreed, compare_blocks, fingerprint
-from shardkit.checkpoint.manifest import LeafRecord, Manifest, check_savable
+from shardkit.checkpoint.manager import (
+    agreed,
+    compare_blocks,
+    compare_leaves,
+    fingerprint,
+)
 from shardkit.checkpoint.placing import Target, place
-from shardkit.checkpoint.reader import Saved, open_checkpoint, saved_steps
+from shardkit.checkpoint.reader import open_checkpoint, saved_steps
 from shardkit.checkpoint.remap import Remap
-from shardkit.checkpoint.stored import insert
+from shardkit.checkpoint.stored import check_savable, insert
 from shardkit.checkpoint.sums import seal
 from shardkit.checkpoint.views import ArrayView, whole_box
-from shardkit.digest import combine_digests
 from shardkit.errors import DamagedError, RestoreError
 from shardkit.keys import raw
 from shardkit.layout import LeafLayout
@@ -78,12 +80,14 @@ def save(path: str | Path, tree: Any, *, step: int = 0) -> Path:
         if x.size:
             insert(nested, name, raw(x) if isinstance(x, jax.Array) else x)
 
+    known = fingerprint()
+
     def finish(directory: Path) -> None:
         tables = on_devices.result()
         for name, x in leaves.items():
             if name not in tables:
                 tables[name] = HostSums(ArrayView(np.asarray(x))).table(1 << 24)
-        seal(directory, _manifest(step, layouts, tables))
+        seal(directory, manifest_of(step, layouts, tables, fingerprint=known))
 
     engine = Engine(path)
     try:
@@ -120,7 +124,8 @@ def restore(
     saved = open_checkpoint(path, step)
     wanted = {name: _abstract(leaf) for name, leaf in named_leaves(like)}
     if remap is None:
-        _compare(saved, wanted)
+        advice = "Ask for what was saved, or give rules that make this of it (remap=…)."
+        compare_leaves(saved, wanted, "that are asked for", advice)
         views = saved.views
     else:
         # Keys are remapped as the words that they consist of.
@@ -189,43 +194,3 @@ def _stored(leaf: Any) -> Any:
 
 def _first_device() -> SingleDeviceSharding:
     return SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _compare(saved: Saved, leaves: Mapping[str, Any]) -> None:
-    """Raises unless the leaves that are wanted are those that were saved."""
-    wanted = {path: f"{x.dtype}{list(x.shape)}" for path, x in leaves.items()}
-    if saved.manifest is None:
-        found = {path: view.describe() for path, view in saved.views.items()}
-    else:
-        records = saved.manifest.leaves
-        found = {path: f"{x.dtype}{list(x.shape)}" for path, x in records.items()}
-    rows = [
-        (
-            path,
-            f"expected {wanted.get(path, 'nothing')}",
-            f"found {found.get(path, 'nothing')}",
-        )
-        for path in sorted(wanted.keys() | found.keys())
-        if wanted.get(path) != found.get(path)
-    ]
-    if rows:
-        raise RestoreError(
-            f"{saved.directory}: {len(rows)} leaves of the checkpoint are not those "
-            f"that are asked for\n{format_table(rows)}\n"
-            "Ask for what was saved, or give rules that make this of it (remap=…)."
-        )
-
-
-def _manifest(
-    step: int, layouts: list[LeafLayout], tables: Mapping[str, np.ndarray]
-) -> Manifest:
-    sums = {path: table.sum(axis=0, dtype=np.uint32) for path, table in tables.items()}
-    return Manifest(
-        step=step,
-        digest=combine_digests(sums, layouts),
-        leaves={
-            x.path: LeafRecord(x.shape, str(x.dtype), hex_lanes(tables[x.path]))
-            for x in layouts
-        },
-        fingerprint=fingerprint(),
-    )

@@ -6,7 +6,7 @@ the result does not depend on the sharding.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,13 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardkit.blocks import Blocks
-from shardkit.digest import shard_digests
+from shardkit.checkpoint.manifest import LeafRecord, Manifest
+from shardkit.digest import combine_digests, shard_digests
 from shardkit.errors import DamagedError
 from shardkit.keys import raw
 from shardkit.layout import LeafLayout
 
-__all__ = ["BlockSums", "BlockTable", "held", "hex_lanes"]
+__all__ = ["BlockSums", "BlockTable", "held", "hex_lanes", "manifest_of"]
 
 
 def held(array: Array) -> Callable[[], Array]:
@@ -83,6 +84,36 @@ class BlockSums:
 def hex_lanes(table: np.ndarray) -> tuple[str, ...]:
     """Spells `uint32 [blocks, 4]` as 32 hex digits a block."""
     return tuple("".join(f"{int(lane):08x}" for lane in row) for row in table)
+
+
+def manifest_of(
+    step: int,
+    leaves: Sequence[LeafLayout],
+    tables: Mapping[str, np.ndarray],
+    **facts: Any,
+) -> Manifest:
+    """Says of leaves what they are, with the digests of their blocks.
+
+    Args:
+        step: How many steps were done.
+        leaves: The layouts; of random keys the keys', not their words'.
+        tables: Path → `uint32 [blocks, 4]`.
+        **facts: The other fields of `Manifest`.
+    """
+    digests = {
+        path: table.sum(axis=0, dtype=np.uint32) for path, table in tables.items()
+    }
+    return Manifest(
+        step=step,
+        digest=combine_digests(digests, leaves),
+        leaves={
+            leaf.path: LeafRecord(
+                leaf.shape, str(leaf.dtype), hex_lanes(tables[leaf.path]), leaf.axes
+            )
+            for leaf in leaves
+        },
+        **facts,
+    )
 
 
 class _Leaf:

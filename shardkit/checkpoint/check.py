@@ -5,11 +5,12 @@ and everything that is bad is found, however much there is of it.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 
 from shardkit.checkpoint.host_sums import HostSums
 from shardkit.checkpoint.manifest import LeafRecord
-from shardkit.checkpoint.placing import Job, read_ahead
+from shardkit.checkpoint.placing import read_ahead
 from shardkit.checkpoint.reader import Saved
 from shardkit.checkpoint.views import Box, View, box_shape, iter_boxes
 from shardkit.errors import DamagedError, RestoreError
@@ -67,23 +68,13 @@ def check_blocks(
 def _check_leaf(
     path: str, record: LeafRecord, view: View, progress: Callable[[int], None]
 ) -> list[BadBlock]:
-    boxes = list(iter_boxes(view.shape, view.dtype.itemsize, _BOX_BYTES))
     itemsize, sums = view.dtype.itemsize, HostSums(view)
-
-    def jobs() -> Iterator[Job]:
-        for box in boxes:
-            size = itemsize
-            for num in box_shape(box):
-                size *= num
-            yield size, view, box
-
-    for box, data in zip(boxes, read_ahead(jobs(), _LIMIT_BYTES), strict=True):
+    boxes = list(iter_boxes(view.shape, itemsize, _BOX_BYTES))
+    jobs = ((math.prod(box_shape(box)) * itemsize, view, box) for box in boxes)
+    for box, data in zip(boxes, read_ahead(jobs, _LIMIT_BYTES), strict=True):
         sums.add(box, data)
         progress(data.nbytes)
-    differs = (record.lanes() != sums.table(_BOX_BYTES)).any(axis=1)
-    grid = record.grid
     return [
-        BadBlock(path, number, grid.box(index), "not what was saved")
-        for number, index in enumerate(grid if differs.any() else ())
-        if differs[number]
+        BadBlock(path, number, box, "not what was saved")
+        for number, box in record.differing(sums.table(_BOX_BYTES))
     ]

@@ -95,9 +95,9 @@ class History:
                 random=self._random,
                 metrics=metrics,
             )
-            self._own.add(step)
             with self._failing():
                 self._checkpoints.save(step, state, placement, facts)
+            self._own.add(step)
         if wait:
             self.wait()
 

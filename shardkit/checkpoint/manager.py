@@ -19,14 +19,13 @@ import jax
 import jaxlib
 import numpy as np
 
-from shardkit.checkpoint.block_sums import BlockSums, held, hex_lanes
+from shardkit.checkpoint.block_sums import BlockSums, held, manifest_of
 from shardkit.checkpoint.config import CheckpointConfig
-from shardkit.checkpoint.manifest import LeafRecord, Manifest, check_savable
+from shardkit.checkpoint.manifest import Manifest
 from shardkit.checkpoint.placing import Target, place
 from shardkit.checkpoint.reader import Saved, open_item
-from shardkit.checkpoint.stored import insert
+from shardkit.checkpoint.stored import check_savable, insert
 from shardkit.checkpoint.sums import check_sums, seal
-from shardkit.digest import combine_digests
 from shardkit.errors import DamagedError, RestoreError
 from shardkit.keys import raw
 from shardkit.layout import SHARD_AXIS, LeafLayout
@@ -34,7 +33,15 @@ from shardkit.placement import Placement
 from shardkit.state_moves import to_host
 from shardkit.tree import format_table
 
-__all__ = ["Checkpoints", "Facts", "agreed", "check_run", "compare_blocks", "load"]
+__all__ = [
+    "Checkpoints",
+    "Facts",
+    "agreed",
+    "check_run",
+    "compare_blocks",
+    "compare_leaves",
+    "load",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,8 @@ class Checkpoints:
         known = {"fingerprint": fingerprint(), "mesh": dict(placement.mesh.shape)}
 
         def finish(directory: Path) -> None:
-            seal(directory, _manifest(step, leaves, digest(), facts, known))
+            told = dataclasses.asdict(facts)
+            seal(directory, manifest_of(step, leaves, digest(), **told, **known))
 
         # Before the rest is counted, lest an earlier one go in their stead.
         for other in self.abandoned:
@@ -196,7 +204,13 @@ def load(saved: Saved, placement: Placement, *, verify: bool = True) -> Any:
     """
     leaves, treedef = jax.tree.flatten(placement.layout)
     if verify:
-        _compare_leaves(saved, leaves)
+        compare_leaves(
+            saved,
+            {leaf.path: leaf for leaf in leaves},
+            "of this run",
+            "Restore with the model and the optimizer that were saved, or give rules "
+            "that make one of the other (Trainer.restore(remap=…)).",
+        )
     # What rules may leave out begins anew.
     arrays = _begun(placement, {leaf.path for leaf in leaves} - saved.views.keys())
     read = [leaf for leaf in leaves if leaf.path not in arrays]
@@ -243,14 +257,9 @@ def compare_blocks(saved: Saved, found: Mapping[str, np.ndarray]) -> None:
     bad = []
     for path, table in found.items():
         record = saved.manifest.leaves[path]
-        grid, lanes = record.grid, record.lanes()
-        # Without digests nothing would be compared.
-        is_known = lanes.shape == table.shape
-        differs = (lanes != table).any(axis=1) if is_known else [True] * len(table)
-        for number, index in enumerate(grid if any(differs) else ()):
-            if differs[number]:
-                box = ", ".join(f"{a}:{b}" for a, b in grid.box(index))
-                bad.append((path, f"block {number} of {len(grid)}", f"[{box}]"))
+        for number, box in record.differing(table):
+            place = ", ".join(f"{a}:{b}" for a, b in box)
+            bad.append((path, f"block {number} of {len(record.grid)}", f"[{place}]"))
     if bad:
         files = check_sums(saved.directory) or ["none of its files has changed"]
         raise DamagedError(
@@ -301,57 +310,41 @@ def agreed(where: str) -> Iterator[None]:
         raise problem
 
 
-def _manifest(
-    step: int,
-    leaves: Sequence[LeafLayout],
-    tables: Mapping[str, np.ndarray],
-    facts: Facts,
-    known: Mapping[str, Any],
-) -> Manifest:
-    digests = {
-        path: table.sum(axis=0, dtype=np.uint32) for path, table in tables.items()
-    }
-    return Manifest(
-        step=step,
-        digest=combine_digests(digests, leaves),
-        leaves={
-            leaf.path: LeafRecord(
-                leaf.shape, str(leaf.dtype), hex_lanes(tables[leaf.path]), leaf.axes
-            )
-            for leaf in leaves
-        },
-        run=dict(facts.run),
-        data=dict(facts.data),
-        random=dict(facts.random),
-        metrics={name: float(value) for name, value in facts.metrics.items()},
-        **known,
-    )
-
-
 def _listed(rows: list[tuple[str, ...]], limit: int = 500) -> str:
     more = f"\n  and {len(rows) - limit} more" if len(rows) > limit else ""
     return format_table(rows[:limit]) + more
 
 
-def _compare_leaves(saved: Saved, leaves: Sequence[LeafLayout]) -> None:
-    assert saved.manifest is not None
-    wanted = {leaf.path: f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves}
-    records = saved.manifest.leaves
-    found = {path: f"{x.dtype}{list(x.shape)}" for path, x in records.items()}
+def compare_leaves(
+    saved: Saved, wanted: Mapping[str, Any], whose: str, advice: str
+) -> None:
+    """Compares what was saved with what is wanted.
+
+    Args:
+        saved: The one.
+        wanted: The other: path → anything with shape and dtype.
+        whose: What the wanted leaves are, to say so.
+        advice: What to do.
+
+    Raises:
+        RestoreError: Naming every leaf that is missing, extra, reshaped or recast.
+    """
+    there = saved.views if saved.manifest is None else saved.manifest.leaves
+    expected, found = (
+        {path: f"{x.dtype}{list(x.shape)}" for path, x in leaves.items()}
+        for leaves in (wanted, there)
+    )
     rows = [
         (
             path,
-            f"expected {wanted.get(path, 'nothing')}",
+            f"expected {expected.get(path, 'nothing')}",
             f"found {found.get(path, 'nothing')}",
         )
-        for path in sorted(wanted.keys() | found.keys())
-        if wanted.get(path) != found.get(path)
+        for path in sorted(expected.keys() | found.keys())
+        if expected.get(path) != found.get(path)
     ]
     if rows:
         raise RestoreError(
-            f"{saved.directory}: {len(rows)} leaves of the checkpoint are not those of "
-            "this run\n"
-            + _listed(rows)
-            + "\nRestore with the model and the optimizer that were saved, or give "
-            "rules that make one of the other (Trainer.restore(remap=…))."
+            f"{saved.directory}: {len(rows)} leaves of the checkpoint are not those "
+            f"{whose}\n{_listed(rows)}\n{advice}"
         )

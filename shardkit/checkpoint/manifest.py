@@ -12,7 +12,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ import ml_dtypes
 import numpy as np
 
 from shardkit.blocks import Blocks
-from shardkit.errors import ConfigError, DamagedError
+from shardkit.errors import DamagedError
 
 __all__ = [
     "FILE_NAME",
     "LeafRecord",
     "Manifest",
-    "check_savable",
     "is_path",
     "numpy_dtype",
     "read_small",
@@ -127,6 +126,20 @@ class LeafRecord:
             np.uint32,
         ).reshape(-1, 4)
 
+    def differing(self, table: np.ndarray) -> Iterator[tuple[int, Any]]:
+        """Yields number and box of the blocks of which a digest is another.
+
+        Args:
+            table: `uint32 [blocks, 4]`.
+        """
+        lanes = self.lanes()
+        # Without digests nothing would be compared.
+        is_known = lanes.shape == table.shape
+        differs = (lanes != table).any(axis=1) if is_known else [True] * len(table)
+        for number, index in enumerate(self.grid if any(differs) else ()):
+            if differs[number]:
+                yield number, self.grid.box(index)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -212,29 +225,6 @@ class Manifest:
             raise ValueError("leaves: expected a table")
         leaves = {path: _leaf(path, x) for path, x in found["leaves"].items()}
         return cls(step=step, digest=found["digest"], leaves=leaves, **rest)
-
-
-def check_savable(leaves: Iterable[Any]) -> None:
-    """Refuses what could be written and never be read again.
-
-    Args:
-        leaves: Anything with a path and a dtype.
-
-    Raises:
-        ConfigError: Naming all leaves of a dtype that is not saved, and all that would
-            be stored under the name of another.
-    """
-    bad, names = [], dict[str, str]()
-    for leaf in leaves:
-        other = names.setdefault(leaf.path.replace("/", "."), leaf.path)
-        if other is not leaf.path:
-            bad.append(f"{leaf.path}: would be stored under the name of {other}")
-        try:
-            LeafRecord((), str(leaf.dtype)).stored_dtype  # noqa: B018
-        except ValueError as error:
-            bad.append(f"{leaf.path}: {error}")
-    if bad:
-        raise ConfigError("these leaves cannot be saved:\n  " + "\n  ".join(bad[:20]))
 
 
 _DICTS = ("run", "data", "random", "fingerprint", "mesh", "metrics")

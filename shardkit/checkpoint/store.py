@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from shardkit.arguments import check_choice
-from shardkit.checkpoint.block_sums import hex_lanes
+from shardkit.checkpoint.block_sums import manifest_of
 from shardkit.checkpoint.engine import CHUNK_BYTES, Engine
 from shardkit.checkpoint.host_sums import HostSums
-from shardkit.checkpoint.manifest import LeafRecord, Manifest, check_savable
-from shardkit.checkpoint.stored import insert
+from shardkit.checkpoint.manifest import LeafRecord, Manifest
+from shardkit.checkpoint.stored import check_savable, insert
 from shardkit.checkpoint.streaming import Streamed
 from shardkit.checkpoint.sums import seal
 from shardkit.checkpoint.views import View
-from shardkit.digest import combine_digests
 from shardkit.errors import RestoreError
 from shardkit.layout import LeafLayout
 
@@ -108,18 +107,12 @@ def _manifest(
     records: Mapping[str, LeafRecord],
     step: int,
 ) -> Manifest:
-    leaves = {}
+    leaves = []
     for path, view in tree.items():
         known = records.get(path)
         if known is None or known.stored_shape != view.shape:
             known = LeafRecord(view.shape, view.dtype.name)
-        leaves[path] = LeafRecord(
-            known.shape, known.dtype, hex_lanes(tables[path]), known.axes
-        )
-    layouts = [LeafLayout(path, x.shape, x.dtype) for path, x in leaves.items()]
-    sums = {path: table.sum(axis=0, dtype=np.uint32) for path, table in tables.items()}
+        leaves.append(LeafLayout(path, known.shape, known.dtype, axes=known.axes))
     kept = ("run", "data", "random", "fingerprint", "mesh", "metrics")
     facts = {name: getattr(like, name) for name in kept} if like else {}
-    return Manifest(
-        step=step, digest=combine_digests(sums, layouts), leaves=leaves, **facts
-    )
+    return manifest_of(step, leaves, tables, **facts)

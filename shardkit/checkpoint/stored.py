@@ -10,19 +10,20 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shardkit.checkpoint.manifest import is_path, read_small
+from shardkit.checkpoint.manifest import LeafRecord, is_path, read_small
 from shardkit.checkpoint.views import Box, View, box_slices
 from shardkit.errors import ConfigError, DamagedError
 
 __all__ = [
     "METADATA_NAME",
     "StoredView",
+    "check_savable",
     "insert",
     "shared_context",
     "stored_name",
@@ -62,6 +63,29 @@ def insert(tree: dict[str, Any], path: str, value: Any) -> None:
             "rename one of them"
         )
     tree[last] = value
+
+
+def check_savable(leaves: Iterable[Any]) -> None:
+    """Refuses what could be written and never be read again.
+
+    Args:
+        leaves: Anything with a path and a dtype.
+
+    Raises:
+        ConfigError: Naming all leaves of a dtype that is not saved, and all that would
+            be stored under the name of another.
+    """
+    bad, names = [], dict[str, str]()
+    for leaf in leaves:
+        other = names.setdefault(stored_name(leaf.path), leaf.path)
+        if other is not leaf.path:
+            bad.append(f"{leaf.path}: would be stored under the name of {other}")
+        try:
+            LeafRecord((), str(leaf.dtype)).stored_dtype  # noqa: B018
+        except ValueError as error:
+            bad.append(f"{leaf.path}: {error}")
+    if bad:
+        raise ConfigError("these leaves cannot be saved:\n  " + "\n  ".join(bad[:20]))
 
 
 def shared_context() -> Callable[[], Any]:
