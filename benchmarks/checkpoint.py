@@ -3,7 +3,8 @@
     python benchmarks/checkpoint.py [--gib 1] [--rounds 7] [--leaves large|many]
         [--only ours,orbax,raw] [--children 3] [--directory PATH]
 
-Float32 state with the bits of normal numbers on 8 emulated devices, cut along one dim.
+Float32 state with the bits of normal numbers, cut along one dim, on 8 emulated devices;
+with JAX_PLATFORMS=cuda, on all GPUs (and --targets that there are so many of).
 Orbax is its CheckpointManager with all defaults, asynchronous and compressing; and,
 as a second rival, without compression, which is how shardkit stores. Every round makes
 a new state, saves it by each in turn in a new directory, and restores it by each. The
@@ -28,18 +29,19 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.checkpoint_ways import (  # noqa: E402
-    NUM_DEVICES,
     Orbax,
     Ours,
     RawOrbax,
     Training,
     nested,
+    num_devices,
     on,
     shapes_of,
     size_of,
 )
 
 TARGETS = (8, 4, 3)
+EMULATED_DEVICES = 8
 PROMISE_MIB = 512
 STEPS = 5
 WAYS = {"ours": Ours, "orbax": Orbax, "raw": RawOrbax}
@@ -104,13 +106,13 @@ def one_round(ways, training, leaves, found, *, where, seed, checked, targets):
         row["bytes"] = [disk_bytes(directories[name].name)]
         training.state = None
         if checked:
-            check(name, way.restore(NUM_DEVICES), wanted, leaves)
+            check(name, way.restore(num_devices()), wanted, leaves)
             wanted = None
     for count in targets:
         for name, way in open_ways.items():
             spent_s, state = clock(way.restore, count)
             del state
-            found[name][f"restore 8 to {count}"].append(spent_s)
+            found[name][restore_from(count)].append(spent_s)
     if "ours" in open_ways:
         for name in ("verify", "remap") if "state/layers/up_0" in leaves else ():
             spent_s, state = clock(getattr(open_ways["ours"], name))
@@ -119,6 +121,10 @@ def one_round(ways, training, leaves, found, *, where, seed, checked, targets):
     for name, way in open_ways.items():
         way.close()
         directories[name].cleanup()
+
+
+def restore_from(count):
+    return f"restore {num_devices()} to {count}"
 
 
 def quartiles(values):
@@ -146,10 +152,10 @@ def print_times(found, num_bytes, num_leaves):
     mine = found.get("ours", {})
     if "remap" in mine:
         low, middle, high = quartiles([1e3 * t for t in mine["remap"]])
-        speed = ratio(mine["restore 8 to 8"], mine["remap"])
+        speed = ratio(mine[restore_from(num_devices())], mine["remap"])
         print(
             f"Remapped (files verified, transposed, unstacked): {middle:.1f} ms "
-            f"[{low:.1f}, {high:.1f}]; speed / shardkit's restore 8 to 8: {speed}"
+            f"[{low:.1f}, {high:.1f}]; speed / shardkit's {restore_from(num_devices())}: {speed}"
         )
         low, middle, high = quartiles([1e3 * t for t in mine["verify"]])
         size = mine["bytes"][0]
@@ -231,7 +237,7 @@ def in_children(ways, training, leaves, arguments):
             low, middle, high = quartiles([row[0] for row in rows])
             peak, wanted = max(row[1] for row in rows), rows[0][2]
             print(
-                f"| restore 8 to {count} | {NAMES[name]} | {middle:.2f} [{low:.2f}, "
+                f"| {restore_from(count)} | {NAMES[name]} | {middle:.2f} [{low:.2f}, "
                 f"{high:.2f}] | {wanted / 2**20:.0f} | {peak / 2**20:.0f} | "
                 f"{(peak - wanted) / 2**20:.0f} |",
                 flush=True,
@@ -277,7 +283,7 @@ def main():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
 
-    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    jax.config.update("jax_num_cpu_devices", EMULATED_DEVICES)
     leaves = shapes_of(arguments.leaves, int(arguments.gib * 2**30))
     if arguments.child:
         name, directory, count = arguments.child

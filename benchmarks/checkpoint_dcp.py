@@ -84,7 +84,6 @@ def our_process(phase, directory, shapes, count):
     from benchmarks import checkpoint_ways as ways
 
     leaves = {f"x{i}": (shape, 0) for i, shape in enumerate(shapes)}
-    ways.NUM_DEVICES = count
     way = ways.Ours(directory, leaves)
     times = []
     if phase == "save":

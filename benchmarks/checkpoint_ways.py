@@ -9,7 +9,13 @@ import math
 import time
 import types
 
-NUM_DEVICES = 8
+
+
+def num_devices():
+    """Of how many devices the meshes are that save: all that there are."""
+    import jax
+
+    return len(jax.devices())
 
 
 def shapes_of(leaves, num_bytes):
@@ -40,7 +46,7 @@ def size_of(leaves):
     return sum(4 * math.prod(shape) for shape, _ in leaves.values())
 
 
-def on(num_devices, leaves):
+def on(count, leaves):
     """What ours takes for a placement: a mesh, and the layout of every leaf."""
     import jax
     import numpy as np
@@ -48,7 +54,7 @@ def on(num_devices, leaves):
 
     from shardkit.layout import LeafLayout
 
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("fsdp",))
+    mesh = Mesh(np.array(jax.devices()[:count]), ("fsdp",))
     layout = {
         path: LeafLayout(path, shape, np.dtype(np.float32), dim)
         for path, (shape, dim) in leaves.items()
@@ -83,7 +89,7 @@ class Ours:
         """Starts to save a state."""
         from shardkit.checkpoint.manager import Facts
 
-        self.checkpoints.save(1, state, on(NUM_DEVICES, self.leaves), Facts(run={}))
+        self.checkpoints.save(1, state, on(num_devices(), self.leaves), Facts(run={}))
 
     def restore(self, count):
         """Restores onto the first devices, verified."""
@@ -101,7 +107,7 @@ class Ours:
         leaves = {
             path: (view.shape, len(view.shape) - 1) for path, view in views.items()
         }
-        placement = on(NUM_DEVICES, leaves)
+        placement = on(num_devices(), leaves)
         assert sum(view.nbytes for view in views.values()) == size_of(self.leaves)
         assert all(view.dtype == np.float32 for view in views.values())
         targets = [
@@ -210,7 +216,7 @@ class Training:
     def __init__(self, leaves):
         import jax
 
-        placement = on(NUM_DEVICES, leaves)
+        placement = on(num_devices(), leaves)
         shardings = {
             path: leaf.sharding(placement.mesh)
             for path, leaf in placement.layout.items()

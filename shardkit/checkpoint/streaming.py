@@ -58,6 +58,10 @@ class Streamed:
             read, dtype=ts.dtype(view.dtype), shape=view.shape
         )
 
+    def __deepcopy__(self, _: Any) -> "Streamed":
+        """Stays itself: Orbax copies host arrays, which might change; a view does not."""
+        return self
+
     async def write(self, target: Any) -> None:
         """Copies all boxes to a store, as few at once as it has threads for."""
         try:
@@ -72,7 +76,7 @@ class _Handler(type_handlers.NumpyHandler):
     """Writes what is streamed as if it were in memory."""
 
     def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
+        super().__init__()
         # Several at a time would hold several times as much.
         self._turn: asyncio.Lock | None = None
         self._num_open, self._has_failed = 0, False
