@@ -10,7 +10,6 @@ import time
 import types
 
 
-
 def num_devices():
     """Of how many devices the meshes are that save: all that there are."""
     import jax

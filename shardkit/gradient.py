@@ -46,14 +46,14 @@ class MicrobatchLoop:
         loss: `(params, microbatch, key) → scalar or LossOutput`.
         output: The tree structure of that `LossOutput`.
         mesh: The mesh whose batch axes share the work.
-        num_microbatches: The size of the grid.
+        grid: How they share it.
         exact: Whether sums keep their bits on every mesh.
     """
 
     loss: Callable[[Any, Any, Any], Any]
     output: Any
     mesh: Mesh
-    num_microbatches: int
+    grid: Grid
     exact: bool = True
 
     def evaluate(self, params: Any, slots: Any, root: Array, step: Array) -> LossOutput:
@@ -144,7 +144,7 @@ class MicrobatchLoop:
     ) -> tuple[Array, list[Array], Array, Array]:
         """Sums on integer grids, again on wider ones if a gradient outgrew its own."""
         start, count = self._bounds()
-        accumulator = Accumulator(self.num_microbatches)
+        accumulator = Accumulator(self.grid.num_microbatches)
         empty = (
             [accumulator.zeros(leaf.shape) for leaf in leaves],
             jnp.zeros(len(leaves), jnp.int32),
@@ -210,15 +210,15 @@ class MicrobatchLoop:
     def _bounds(self) -> tuple[Array, Array]:
         """This device's first microbatch, and how many it computes."""
         index = lax.axis_index(BATCH_AXES)
-        num_devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        grid = Grid(self.num_microbatches, num_devices)
-        return jnp.asarray(grid.starts)[index], jnp.asarray(grid.counts)[index]
+        starts, counts = self.grid.starts, self.grid.counts
+        return jnp.asarray(starts)[index], jnp.asarray(counts)[index]
 
     def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
         return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")
 
     def _empty_rows(self) -> Array:
-        return jnp.zeros((self.output.num_leaves, self.num_microbatches), jnp.float32)
+        shape = self.output.num_leaves, self.grid.num_microbatches
+        return jnp.zeros(shape, jnp.float32)
 
     def _sum_rows(self, rows: Array) -> LossOutput:
         """Adds the results of all microbatches, each known to one device."""

@@ -7,7 +7,7 @@ microbatches, sum, update this device's pieces.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,7 @@ class Placement:
         outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
         waiter: What waits for programs.
+        speeds: Device id → how fast it is beside the others; 1.0 if not named.
     """
 
     def __init__(
@@ -58,11 +59,15 @@ class Placement:
         outputs: tuple[Any, Any],
         events: EventLog,
         waiter: Waiter,
+        *,
+        speeds: Mapping[int, float],
     ) -> None:
         self._waiter = waiter
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         self.grid = Grid(
-            recipe.num_microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+            recipe.num_microbatches,
+            mesh.size,
+            tuple(speeds.get(d.id, 1.0) for d in mesh.devices.flat),
         )
         self._shards = state_shards(mesh, exact=recipe.exact)
         self._dims = jax.tree.map(lambda leaf: leaf.dim, layout)
@@ -278,9 +283,7 @@ class Placement:
         )
 
     def _loop(self, loss: Callable[..., Any], output: Any) -> MicrobatchLoop:
-        return MicrobatchLoop(
-            loss, output, self.mesh, self.recipe.num_microbatches, self.recipe.exact
-        )
+        return MicrobatchLoop(loss, output, self.mesh, self.grid, self.recipe.exact)
 
     def _gather(self, params: Any) -> Any:
         arrays, treedef = jax.tree.flatten(params)

@@ -6,7 +6,7 @@ once. It holds no state.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,6 +60,7 @@ class Placements:
         events: Where compilations and decisions are recorded.
         waiter: What waits for programs.
         certifies: `"always"`, `"first"` or `"off"`: whether changes need digests.
+        speeds: Device id → how fast it is beside the others; 1.0 if not named.
 
     Attributes:
         recipe: What is computed.
@@ -84,6 +85,7 @@ class Placements:
         waiter: Waiter,
         *,
         certifies: str = "always",
+        speeds: Mapping[int, float] | None = None,
     ) -> None:
         # A mesh that fits on no devices should fail before anything runs.
         sizes = spec.sizes(len(pool))
@@ -100,7 +102,7 @@ class Placements:
         self._eval_batch = None if eval_batch is batch else eval_batch
         params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
         self._outputs = recipe.output_structure(params, batch, eval_batch)
-        self._certifies = certifies
+        self._certifies, self._speeds = certifies, speeds or {}
         self._known: dict[Any, Placement] = {}
         self._under_way: list[Placement] = []
         self._mesh_order = MeshOrder(layout)
@@ -200,6 +202,7 @@ class Placements:
                 self._outputs,
                 self._events,
                 self._waiter,
+                speeds=self._speeds,
             )
         return self._known[key]
 

@@ -71,11 +71,12 @@ def likely_counts(
     return [n for n in found if n != num_devices]
 
 
-def check_counts(counts: Iterable[int], num_pool: int) -> None:
+def check_counts(counts: Iterable[int], num_pool: int, *, max_programs: int) -> None:
     """Checks device counts that somebody expects.
 
     Raises:
-        ConfigError: If the pool has no such number of devices; names all of them.
+        ConfigError: If the pool has no such number of devices, naming all of them; or
+            if nothing is to be prepared for them.
     """
     if not isinstance(counts, Iterable):
         raise ConfigError(
@@ -86,6 +87,11 @@ def check_counts(counts: Iterable[int], num_pool: int) -> None:
         raise ConfigError(
             f"standby_counts: expected device counts from 1 to {num_pool} (the pool), "
             f"found {', '.join(map(repr, wrong))}"
+        )
+    if list(counts) and not max_programs:
+        raise ConfigError(
+            "Trainer: standby_counts says what to think of first, and standby=0 that "
+            "nothing is to be prepared; give standby=1 or more"
         )
 
 

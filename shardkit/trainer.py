@@ -25,6 +25,7 @@ from shardkit.logical_axes import AxisRules
 from shardkit.membership import Membership, scripted
 from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
+from shardkit.microbatch import checked_speeds
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.program_report import ProgramReport
@@ -68,6 +69,8 @@ class Trainer:
             background, over the whole run; 0 for none.
         standby_counts: Device counts of which to think first for that, after what a
             script names.
+        speeds: Device id → how fast it is beside the others, 1.0 if not named; slow
+            ones compute fewer microbatches, which changes no bit.
         events: Where events are sent; None for a log of its own. Notices to which
             nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
@@ -115,6 +118,7 @@ class Trainer:
         devices: Sequence[Any] | None = None,
         standby: int = 0,
         standby_counts: Sequence[int] = (),
+        speeds: Mapping[int, float] | None = None,
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
@@ -148,12 +152,7 @@ class Trainer:
         for warning in warnings:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
-        check_counts(standby_counts, len(pool))
-        if standby_counts and not standby:
-            raise ConfigError(
-                "Trainer: standby_counts says what to think of first, and standby=0 "
-                "that nothing is to be prepared; give standby=1 or more"
-            )
+        check_counts(standby_counts, len(pool), max_programs=standby)
         like, checked = checked_data(data, num_microbatches)
         waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
@@ -168,6 +167,7 @@ class Trainer:
             self.events,
             waiter,
             certifies=certify,
+            speeds=checked_speeds(speeds or {}),
         )
         self._controller = Controller(
             placements=placements,

@@ -197,3 +197,15 @@ def test_fast_is_exact_but_for_rounding(begin, compile_cache):
         ids = list(device_ids(placement.mesh))
         assert (ids == sorted(ids)) == (len(script) == 1)
         trainer.close()
+
+
+@pytest.mark.parametrize("problem", ["gpt-clip-adamw-13", "digits-adafactor-13"])
+def test_who_computes_how_much_enters_no_bit(problem, uninterrupted):
+    # From a device that computes nothing to one that computes most.
+    speeds = {0: 0.01, 1: 3, 2: 0.5, 5: 20}
+    options = PROBLEMS[problem]() | {"certify": "off", "speeds": speeds}
+    with sk.Trainer(**options) as trainer:
+        counts = trainer._controller.placements.on(6).grid.counts
+        assert counts.min() == 0
+        assert counts.max() > 4
+        assert run_digest(trainer, STEPS, {0: 6, 3: 3}) == uninterrupted(problem, STEPS)

@@ -1,10 +1,19 @@
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardkit.microbatch import Grid
+from shardkit.errors import ConfigError
+from shardkit.microbatch import Grid, checked_speeds
 
-grids = st.builds(Grid, st.integers(1, 100), st.integers(1, 130))
+even_grids = st.builds(Grid, st.integers(1, 100), st.integers(1, 130))
+speeds = st.lists(st.floats(0.05, 20), min_size=1, max_size=12).map(tuple)
+uneven_grids = st.builds(
+    lambda num, speeds: Grid(num, len(speeds), speeds), st.integers(1, 60), speeds
+)
+grids = even_grids | uneven_grids
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -17,8 +26,36 @@ def test_every_microbatch_is_computed_once_in_order(grid):
     ]
     assert dealt == list(range(grid.num_microbatches))
     assert len(grid.counts) == grid.num_devices
-    assert grid.counts.max() - grid.counts.min() <= 1
     assert grid.max_count == grid.counts.max()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(grid=even_grids)
+def test_devices_that_are_alike_differ_by_at_most_one(grid):
+    assert grid.counts.max() - grid.counts.min() <= 1
+    alike = Grid(grid.num_microbatches, grid.num_devices, (0.7,) * grid.num_devices)
+    np.testing.assert_array_equal(alike.counts, grid.counts)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(num=st.integers(1, 7), speeds=speeds.filter(lambda x: len(x) <= 3))
+def test_no_other_dealing_is_done_earlier(num, speeds):
+    def last(counts):
+        return max(count / speed for count, speed in zip(counts, speeds, strict=True))
+
+    dealings = [
+        counts
+        for counts in itertools.product(range(num + 1), repeat=len(speeds))
+        if sum(counts) == num
+    ]
+    found = Grid(num, len(speeds), speeds).counts
+    assert last(found) == min(map(last, dealings))
+
+
+@pytest.mark.parametrize("speed", [0, -1.0, float("nan"), float("inf"), "1", True])
+def test_a_speed_is_a_number_above_zero(speed):
+    with pytest.raises(ConfigError, match="above 0"):
+        checked_speeds({0: 1.0, 3: speed})
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

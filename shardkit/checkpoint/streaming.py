@@ -59,7 +59,7 @@ class Streamed:
         )
 
     def __deepcopy__(self, _: Any) -> "Streamed":
-        """Stays itself: Orbax copies host arrays, which might change; a view does not."""
+        """Stays itself: Orbax copies host arrays, since those might change."""
         return self
 
     async def write(self, target: Any) -> None:
