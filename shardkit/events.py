@@ -100,10 +100,30 @@ class EventLog:
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Event], None]] = []
+        self._beginners: list[Callable[[str, dict[str, Any]], None]] = []
 
-    def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Calls `listener` with every event from now on."""
-        self._listeners.append(listener)
+    def subscribe(
+        self,
+        listener: Callable[[Event], None] | None = None,
+        *,
+        begins: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Calls listeners from now on.
+
+        Args:
+            listener: Is given every event when it ends.
+            begins: Is given the name and the fields of what takes time when it
+                begins, in the thread that does it, which waits for it.
+        """
+        if listener is not None:
+            self._listeners.append(listener)
+        if begins is not None:
+            self._beginners.append(begins)
+
+    def begin(self, name: str, /, **fields: Any) -> None:
+        """Says that something begins; `emit` is to say that it ends."""
+        for listener in self._beginners:
+            listener(name, fields)
 
     def emit(
         self, name: str, /, *, since_s: float | None = None, **fields: Any
@@ -131,6 +151,7 @@ class EventLog:
     def phase(self, name: str, **fields: Any) -> Iterator[dict[str, Any]]:
         """Times a block; what is put into the yielded dict becomes its fields."""
         start_s = time.monotonic()
+        self.begin(name, **fields)
         yield fields
         self.emit(name, since_s=start_s, **fields)
 

@@ -1,0 +1,1 @@
+"""Faults on purpose: which, where and when, and how each is done."""
