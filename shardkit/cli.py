@@ -10,11 +10,13 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from shardkit import config as configs
+from shardkit.checkpoint.remap import Remap, load_rules
 from shardkit.config import Override, RunConfig
 from shardkit.errors import ConfigError
 
@@ -76,6 +78,10 @@ class Arguments:
     """Go on from the newest checkpoint of `out`."""
     twin: bool
     """Also run without any resize, and compare."""
+    source: Path | None
+    """What a new run begins from, if not from step 0."""
+    remap: Remap | None
+    """The rules that make a state of this run of it."""
     inspect: bool
     """Only say what the programs cost."""
 
@@ -121,6 +127,19 @@ def parse_arguments(argv: list[str]) -> Arguments:
         help="go on from the newest checkpoint in --out DIR",
     )
     parser.add_argument(
+        "--from",
+        metavar="PATH",
+        type=Path,
+        dest="source",
+        help="begin from the newest checkpoint of another run, or this one step",
+    )
+    parser.add_argument(
+        "--remap",
+        metavar="RULES.toml",
+        type=Path,
+        help="what becomes of its leaves in this run's state; see docs/checkpoints.md",
+    )
+    parser.add_argument(
         "--twin",
         action="store_true",
         help="then run again on the whole pool throughout, and compare every bit",
@@ -133,6 +152,12 @@ def parse_arguments(argv: list[str]) -> Arguments:
     found = parser.parse_args(plain)
     if found.resume and found.out is None:
         raise ConfigError("--resume: which run? name its directory with --out DIR")
+    if found.resume and found.source is not None:
+        raise ConfigError(
+            "--from: is for a new run, and --resume goes on with one; leave one out"
+        )
+    if found.remap is not None and found.source is None:
+        raise ConfigError("--remap: of which checkpoint? name it with --from PATH")
     flags = [
         Override(key, getattr(found, flag), f"--{flag}")
         for flag, (key, _, _) in _FLAGS.items()
@@ -144,11 +169,19 @@ def parse_arguments(argv: list[str]) -> Arguments:
         out=found.out,
         resume=found.resume,
         twin=found.twin,
+        source=found.source,
+        remap=found.remap and load_rules(found.remap),
         inspect=found.inspect,
     )
 
 
-def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
+def prepare_environment(
+    num_devices: int | None,
+    run_cache: Path,
+    *,
+    num_local: int | None = None,
+    join: Callable[[], None] = lambda: None,
+) -> None:
     """Sets what JAX reads when it starts, and configures logging.
 
     Call it before anything touches a device. Variables that the user has set stay.
@@ -158,6 +191,8 @@ def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
             least 8 CPU devices are emulated, of which a smaller pool is the first.
         run_cache: Where a run on an accelerator keeps its compiled programs, for
             another process that goes on with it.
+        num_local: How many of the devices are this process's, if there are others.
+        join: What makes this process one of several; before devices are used.
 
     Raises:
         ConfigError: If this process has started JAX's devices already, or others may
@@ -178,9 +213,11 @@ def prepare_environment(num_devices: int | None, run_cache: Path) -> None:
     try:
         # Programs are kept for one number of visible devices, so that a run that goes
         # on with a smaller pool finds them only if it sees as many.
-        jax.config.update("jax_num_cpu_devices", max(NUM_THREADS, num_devices))
+        num_emulated = num_local or max(NUM_THREADS, num_devices)
+        jax.config.update("jax_num_cpu_devices", num_emulated)
     except RuntimeError as error:
         raise ConfigError(f"prepare_environment: came too late: {error}") from error
+    join()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         on_cpu = jax.default_backend() == "cpu"

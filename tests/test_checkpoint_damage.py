@@ -137,6 +137,7 @@ def test_a_trainer_passes_over_what_is_damaged(make, tmp_path):
     again.restore()
     assert again.state_digest() == digests[1]
     told = [fields["message"] for fields in fields_of(events, "notice")]
+    assert fields_of(events, "restored") == [{"step": 1}]
     assert [text.split()[1] for text in told] == ["3", "2"]
     consume(again, 3)
     again.close()

@@ -139,6 +139,7 @@ def test_verify_finds_a_changed_bit_and_names_its_place(copy, ckpt):
     assert "whole" in ckpt("verify", copy)
     out = ckpt("verify", copy, "--all", code=1)
     assert out.count("whole") == 2
+    assert "are there; verify --all" in ckpt("verify", item, code=1)
     assert f"{item}: damaged" in out
     found = ckpt("verify", item, "--json", code=1)
     assert not found["whole"]
@@ -183,16 +184,20 @@ def test_verify_finds_damage_to_what_is_not_an_array(copy, ckpt, name):
         before = path.read_bytes()
         change(path)
         assert name in ckpt("verify", copy, code=1)
+        assert "steps 1, 2 are there; verify --all" in ckpt("verify", copy, code=1)
         assert not ckpt("verify", copy, "--all", "--blocks", "--json", code=1)["whole"]
         path.write_bytes(before)
     ckpt("verify", copy)
 
 
 def test_diff_says_what_differs_and_by_how_much(saved, ckpt, tmp_path):
-    assert "the same: 12 leaves" in ckpt("diff", saved, saved / "3")
+    out = ckpt("diff", saved, saved / "3")
+    assert "the same by their recorded digests: 12 leaves; nothing was read" in out
+    assert ckpt("diff", saved, saved, "--json")["leaves_unread"] == 12
+    assert "the same: 12 leaves" in ckpt("diff", saved, saved, "--full")
     found = ckpt("diff", saved, saved / "3", "--full", "--json")
     assert found["same"]
-    assert found["bytes_compared"] == 304
+    assert (found["bytes_compared"], found["leaves_unread"]) == (304, 0)
     found = ckpt("diff", saved, saved, "--step-a", 2, "--json", code=1)
     a, b = read(saved, 2), read(saved, 3)
     rows = {row["leaf"]: row for row in found["leaves"]}
@@ -221,58 +226,50 @@ def test_diff_says_what_differs_and_by_how_much(saved, ckpt, tmp_path):
     assert "4 of 13 leaves differ" in out
 
 
+MESH = ["--mesh", "fsdp=2", "--axis-rules"]
+MERGE = ["merge", "{tmp}/o", "{run}", "--how"]
 NNX = ["--tree", "nnx", "--model", "model"]
 BAD = {
-    "nothing": (["inspect", "{tmp}/none"], "found nothing"),
-    "a file": (["verify", "{file}"], "found nothing"),
-    "empty": (["inspect", "{tmp}"], "expected a checkpoint, found none"),
-    "no step": (["inspect", "{run}", "--step", "9"], "of step 9, found [1, 2, 3]"),
-    "other step": (["inspect", "{run}/3", "--step", "1"], "at step 1, found step 3"),
+    "nothing": (["inspect", "{tmp}/none"], "there is no such path"),
+    "nearly": (["inspect", "{run}/../checkpoint"], "did you mean"),
+    "a file": (["verify", "{file}"], "is a file"),
+    "empty": (["inspect", "{tmp}"], "holds no checkpoint"),
+    "above runs": (["inspect", "{run}/../.."], "there are some in run"),
+    "no step": (["inspect", "{run}", "--step", "9"], "step 9; there are 1, 2, 3"),
+    "no step there": (["inspect", "{run}/9"], "no step 9; there are 1, 2, 3"),
+    "other step": (["inspect", "{run}/3", "--step", "1"], "step 1, found one of step"),
     "bad step": (["inspect", "{run}", "--step", "-1"], "--step"),
     "bad mesh": (["inspect", "{run}", "--mesh", "fdsp=4"], "found fdsp=4"),
     "bad size": (["inspect", "{run}", "--mesh", "fsdp=-1"], "found fsdp=-1"),
     "bad rules": (["inspect", "{run}", "--axis-rules", "in"], "NAME=VALUE"),
+    "odd name": (["inspect", "{run}", *MESH, "inn=fsdp"], "there are in, out"),
+    "odd axis": (["inspect", "{run}", *MESH, "in=fdsp"], "there are data, fsdp"),
+    "no mesh": (["inspect", "{run}", "--axis-rules", "in=fsdp"], "goes with --mesh"),
+    "no file": (["verify", "{file}.safetensors"], "there is no such path"),
     "no verb": ([], "required"),
     "odd verb": (["inpsect", "{run}"], "invalid choice"),
     "odd flag": (["inspect", "{run}", "--yaml"], "--yaml"),
     "both": (["verify", "{run}", "--all", "--step", "1"], "exclude"),
-    "diff none": (["diff", "{run}", "{tmp}/none"], "found nothing"),
+    "diff none": (["diff", "{run}", "{tmp}/none"], "there is no such path"),
     "no rules": (["remap", "{run}", "{tmp}/o"], "--rules"),
     "rules none": (
         ["remap", "{run}", "{tmp}/o", "--rules", "{tmp}/r"],
-        "cannot be read",
+        "cannot be read: No such file",
     ),
     "not toml": (["remap", "{run}", "{tmp}/o", "--rules", "{file}"], "not TOML"),
     "no out": (["remap", "{run}", "--rules", "{file}"], "OUT is missing"),
     "how": (["merge", "{tmp}/o", "{run}"], "--how"),
-    "no decay": (["merge", "{tmp}/o", "{run}", "--how", "ema"], "needs --decay"),
-    "bad decay": (
-        ["merge", "{tmp}/o", "{run}", "--how", "ema", "--decay", "2"],
-        "decay",
-    ),
-    "misplaced": (
-        ["merge", "{tmp}/o", "{run}", "--how", "average", "--decay", "0.5"],
-        "goes with --how ema",
-    ),
-    "weights": (
-        ["merge", "{tmp}/o", "{run}", "--how", "average", "--weights", "1,2"],
-        "a weight for each of 3",
-    ),
-    "weights sum": (
-        ["merge", "{tmp}/o", "{run}", "--how", "average", "--weights", "0,0,0"],
-        "weights",
-    ),
-    "steps": (
-        ["merge", "{tmp}/o", "{run}", "--how", "average", "--steps", "1,7"],
-        "found 7",
-    ),
-    "metric": (
-        ["merge", "{tmp}/o", "{run}", "--how", "metric", "--metric", "f1"],
-        "is not recorded",
-    ),
+    "no decay": ([*MERGE, "ema"], "needs --decay"),
+    "bad decay": ([*MERGE, "ema", "--decay", "2"], "decay"),
+    "misplaced": ([*MERGE, "average", "--decay", "0.5"], "goes with --how ema"),
+    "weights": ([*MERGE, "average", "--weights", "1,2"], "a weight for each of 3"),
+    "weights sum": ([*MERGE, "average", "--weights", "0,0,0"], "weights"),
+    "steps": ([*MERGE, "average", "--steps", "1,7"], "found 7"),
+    "params": ([*MERGE, "average", "--params", "parms"], "did you mean 'params'"),
+    "metric": ([*MERGE, "metric", "--metric", "f1"], "is not recorded"),
     "temperature": (
-        ["merge", "{tmp}/o", "{run}", "--how", "metric", "--metric", "loss"],
-        "temperature or a power",
+        [*MERGE, "metric", "--metric", "loss"],
+        "needs either --temperature T or --power P",
     ),
     "format": (["export", "{run}", "{tmp}/o", "--to", "onnx"], "invalid choice"),
     "no decoder": (["export", "{run}", "{tmp}/o", "--to", "huggingface"], "decoder"),
@@ -282,7 +279,7 @@ BAD = {
         "has nothing under",
     ),
     "taken": (["export", "{run}", "{run}", "--to", "orbax"], "is there already"),
-    "not hf": (["import", "{run}", "{tmp}/o", "--from", "huggingface"], "config.json"),
+    "not hf": (["import", "{run}", "{tmp}/o", "--from", "huggingface"], "of shardkit"),
     "not maxtext": (["import", "{run}", "{tmp}/o", "--from", "maxtext"], "MaxText"),
     "not nnx": (
         ["import", "{run}", "{tmp}/o", "--from", "orbax", *NNX],

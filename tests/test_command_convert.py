@@ -1,4 +1,4 @@
-"""`shardkit ckpt remap|merge|export|import`, and the library's own three calls."""
+"""`shardkit ckpt remap|merge|export|import`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from jax.sharding import NamedSharding, PartitionSpec
 from problems import consume, linear, linear_data
 
 import shardkit as sk
@@ -17,7 +16,6 @@ from shardkit.checkpoint.reader import open_checkpoint
 from shardkit.checkpoint.views import as_dtype, whole_box
 from shardkit.command.differences import Difference
 from shardkit.command.main import main
-from shardkit.testing import assert_same_bits
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LAYERS = """
@@ -218,6 +216,76 @@ def test_what_was_imported_begins_a_run(make, ckpt, tmp_path):
     consume(trainer, 1)
 
 
+def test_a_new_run_begins_from_a_checkpoint_of_another(scanned, make, tmp_path):
+    rules, new = tmp_path / "rules.toml", tmp_path / "new"
+    rules.write_text('allow = ["grad_exponent/{p...}"]' + LAYERS)
+    remap = sk.checkpoint.load_rules(rules)
+    with layered(new, is_stacked=False) as trainer:
+        with pytest.raises(sk.ConfigError, match=r"load_rules\('rules.toml'\)"):
+            trainer.restore(remap="rules.toml", source=scanned)
+        assert trainer.restore(remap=remap, source=scanned) == 1
+        # From now on it is its own, and never that of the other.
+        trainer.save()
+        assert trainer.saved_steps == [1]
+        digest = trainer.state_digest()
+        consume(trainer, 2)
+    before = read(scanned)["params/layers/up"]
+    assert (read(new, 1)["params/layers/1/up"] == before[1]).all()
+    with layered(new, is_stacked=False) as again:
+        with pytest.raises(sk.RestoreError, match=r"holds steps \[1\] of a run"):
+            again.restore(remap=remap, source=scanned)
+        assert again.restore() == 1
+        assert again.state_digest() == digest
+    plain, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path / "plain"))
+    plain.restore(source=scanned)
+    with pytest.raises(sk.RestoreError, match="leaves of the checkpoint are not"):
+        plain.state  # noqa: B018
+
+
+def test_what_was_imported_is_no_run(make, ckpt, tmp_path):
+    tree = {"params": {"kernel": np.ones((5, 3), np.float32)}}
+    sk.checkpoint.save(tmp_path, tree)
+    trainer, _ = make(checkpoint=sk.CheckpointConfig(directory=tmp_path))
+    with pytest.raises(sk.RestoreError) as caught:
+        trainer.restore()
+    assert "no run is recorded with it" in str(caught.value)
+    assert str(caught.value).endswith("Give restore(remap=…) if that is meant.")
+    config = {f"key{n}": n for n in range(9)}
+    saved, _ = make(
+        manifest={"config": config},
+        checkpoint=sk.CheckpointConfig(directory=tmp_path / "run"),
+    )
+    consume(saved, 1)
+    saved.save()
+    other, _ = make(
+        manifest={"config": config | {"key3": 4}},
+        checkpoint=sk.CheckpointConfig(directory=tmp_path / "run"),
+    )
+    with pytest.raises(sk.RestoreError, match="config key3  saved 3  now 4") as caught:
+        other.restore()
+    assert "key2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["maxtext", "orbax", "safetensors"])
+def test_what_a_path_looks_like_is_said(said, ckpt, tmp_path):
+    source = FIXTURES / "huggingface" / "llama"
+    arguments = ["import", source, tmp_path / "out", "--from", said]
+    if said == "safetensors":
+        ckpt(*arguments)
+        return
+    errors = ckpt(*arguments, code=2)
+    assert "looks like a model of Hugging Face" in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_out_in_a_run_is_refused(scanned, ckpt, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.toml").touch()
+    for out in (tmp_path, tmp_path / "checkpoints"):
+        arguments = ["import", scanned, out, "--from", "orbax"]
+        assert "is of a run" in ckpt(*arguments, code=2)
+
+
 @pytest.mark.parametrize("axis", ["1", "0", "none"])
 def test_maxtext_in_and_out(axis, ckpt, tmp_path):
     source = FIXTURES / "huggingface" / "llama"
@@ -260,75 +328,6 @@ def test_safetensors_in_and_out(scanned, ckpt, tmp_path):
     assert ckpt("inspect", cut)["format"] == "safetensors"
     ckpt("import", file, tmp_path / "back", "--from", "safetensors", "--as-step", 1)
     assert ckpt("diff", tmp_path / "back", scanned)["same"]
-
-
-def test_save_and_restore_on_any_mesh(tmp_path):
-    big = np.random.default_rng(0).normal(size=(1200, 1000))
-    big32 = big.astype(np.float32)
-    tree = {
-        "w": jnp.asarray(big32),
-        "key": jax.random.split(jax.random.key(3), 4),
-        "host": big[:3],
-        "nested": [jnp.bfloat16(1.5), 7],
-    }
-    mesh = sk.MeshSpec(data=2, fsdp=2).build(jax.devices()[:4])
-    cut = NamedSharding(mesh, PartitionSpec("fsdp", "data"))
-    tree["w"] = jax.device_put(tree["w"], cut)
-    where = sk.checkpoint.save(tmp_path / "a", tree, step=5)
-    assert where == tmp_path / "a" / "5"
-    sk.checkpoint.verify(tmp_path / "a", blocks=True)
-    with pytest.raises(sk.RestoreError, match="is there already"):
-        sk.checkpoint.save(tmp_path / "a", tree, step=5)
-    other = sk.MeshSpec(data=1, fsdp=-1).build(jax.devices()[:3])
-    where = NamedSharding(other, PartitionSpec("fsdp"))
-    shape = jax.ShapeDtypeStruct((1200, 1000), jnp.float32, sharding=where)
-    found = sk.checkpoint.restore(tmp_path / "a", {**tree, "w": shape})
-    assert found["w"].sharding.is_equivalent_to(where, 2)
-    assert_same_bits(found, tree)
-    assert found["host"].dtype == np.float64
-    like = {**tree, "w": shape}
-    del like["host"]
-    with pytest.raises(sk.RestoreError, match=r"host +expected nothing"):
-        sk.checkpoint.restore(tmp_path / "a", like)
-    rules = [sk.checkpoint.Rule("host", (), sk.checkpoint.Drop())]
-    remap = sk.checkpoint.Remap(rules, keep_rest=True)
-    assert_same_bits(
-        sk.checkpoint.restore(tmp_path / "a", like, remap=remap)["w"], big32
-    )
-    remap = sk.checkpoint.Remap(rules, keep_rest=True, allow=["more"])
-    with pytest.raises(sk.RestoreError, match="no rule makes more"):
-        sk.checkpoint.restore(tmp_path / "a", {**like, "more": shape}, remap=remap)
-
-
-def test_restored_blocks_are_verified(tmp_path):
-    tree = {"w": jnp.arange(1000.0), "b": jnp.ones((3, 5))}
-    where = sk.checkpoint.save(tmp_path, tree)
-    found = sk.checkpoint.restore(tmp_path, jax.tree.map(jnp.zeros_like, tree))
-    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, tree))
-    remap = sk.checkpoint.Remap([], keep_rest=True)
-    bits = np.asarray(tree["w"]).tobytes()
-    for path in (where / "state").rglob("d/*"):
-        changed = bits[:400] + b"\x01" + bits[401:]
-        path.write_bytes(path.read_bytes().replace(bits, changed))
-    with pytest.raises(sk.DamagedError, match=r"w +block 0 of 1"):
-        sk.checkpoint.restore(tmp_path, tree)
-    with pytest.raises(sk.DamagedError, match="not what was written"):
-        sk.checkpoint.verify(tmp_path)
-    with pytest.raises(sk.DamagedError, match="not what was written"):
-        sk.checkpoint.restore(tmp_path, tree, remap=remap)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "int64", "complex64", "complex128"])
-def test_all_words_of_wide_elements_are_in_their_digests(dtype, tmp_path):
-    x = np.arange(600).astype(dtype).reshape(20, 30)
-    other = x.copy()
-    other.view(np.uint32).reshape(-1)[0 if dtype == "float64" else 1] ^= 1
-    records = []
-    for name, array in (("a", x), ("b", other)):
-        views = {"x": sk.checkpoint.ArrayView(array)}
-        sk.checkpoint.write_checkpoint(tmp_path / name, views)
-        records.append(open_checkpoint(tmp_path / name).manifest.leaves["x"])
-    assert records[0].blocks != records[1].blocks
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,10 @@ def test_better_metrics_weigh_more():
         (lambda: merge.average([{}], [float("nan")]), "not all 0"),
         (lambda: merge.average([{}, {}], [2, -1]), "not all 0"),
         (lambda: merge.average([{}], rest="oldest"), "'oldest'"),
+        (
+            lambda: merge.average([{"w/a": ArrayView(np.ones(2))}], params=["v"]),
+            "nothing is under 'v'; expected some of w",
+        ),
         (lambda: merge.ema_weights(1.0, 2), "a decay from 0"),
         (lambda: merge.decay_weights("square", 2), "linear, cosine, inverse_sqrt"),
         (lambda: merge.schedule_weights([1.0, 2.0]), "do not rise"),

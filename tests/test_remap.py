@@ -332,6 +332,12 @@ def test_a_plan_shows_shapes_and_words():
         (lambda: Init(), "one of value, like and scale"),
         (lambda: Average(weights=[0, 0]), "not all 0"),
         (lambda: Remap([], allow=["{"]), "a brace"),
+        (lambda: Rule("a/{w}", "b/{w}", "transpose"), r"checkpoint.Transpose\("),
+        (lambda: Rule("opt/{p...}", None, "drop"), r"write \(\).*checkpoint.Drop\("),
+        (lambda: Remap(Rule("a", "b")), r"Remap\(\[rule"),
+        (lambda: Remap("layers.toml"), r"load_rules\('layers.toml'\)"),
+        (lambda: Remap(["a"]), "each to be a Rule, found 'a'"),
+        (lambda: Remap([], follow="ema"), r"follow=\['ema'\]"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(make, says):

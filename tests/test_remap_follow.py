@@ -175,6 +175,31 @@ def test_what_cannot_follow_is_refused_with_everything_else():
     assert "may lack any of the dims [0, 1]" in text
 
 
+def test_rules_and_prefixes_that_match_nothing_are_named_with_what_was_meant():
+    tree = views(tree_of(params__layers__w=(2,), opt_state__mu__layers__w=(2,)))
+
+    def fails(*rules, **options):
+        with pytest.raises(RestoreError) as caught:
+            Remap(rules, keep_rest=True, **options).apply(tree)
+        assert "keep_rest to pass" not in str(caught.value)
+        return " ".join(str(caught.value).split())
+
+    text = fails(Rule("params/layer/{p...}", "x/{p...}"), Rule("params/layers/w", "w"))
+    assert "rule 1 params/layer/{p...} matches nothing" in text
+    assert "did you mean 'params/layers'?" in text
+    assert "'params/layers/w'" in fails(Rule("params/layers/v", "w"))
+    text = fails(Rule("{p...}/w", "{p...}/v"), Rule("params/layers/w", "w"))
+    assert "rule 2 rule 1 takes all that it matches" in text
+    assert "did you mean 'opt_state'?" in fails(follow=["opt_sate"])
+    # What the default follows need not be there, nor what is allowed to be absent.
+    gone = Rule("gone/{p...}", (), Drop())
+    found = Remap([gone], keep_rest=True, allow=["gone/{p...}"], follow=["ema"])
+    assert [*found.apply(tree)] == [*tree]
+    # A rule for the rest may find that there is none.
+    rules = [Rule("params/layers/{w}", "a/{w}"), Rule("params/{p...}", "b/{p...}")]
+    assert "a/w" in Remap(rules, keep_rest=True).apply(tree)
+
+
 def test_what_follows_a_dropped_parameter_is_dropped():
     arrays = tree_of(params__a=(2,), ema__a=(2,))
     table = Remap([Rule("params/a", (), Drop())], follow=["ema"]).plan(views(arrays))

@@ -1,6 +1,6 @@
 import pytest
 
-from shardkit.checkpoint.remap import Remap
+from shardkit.checkpoint.remap import Remap, load_rules
 from shardkit.checkpoint.remap_ops import (
     Average,
     Cast,
@@ -109,6 +109,17 @@ def test_bad_toml_gives_one_clear_error(text, says):
     with pytest.raises(ConfigError, match=says) as caught:
         Remap.from_toml(text, "rules.toml")
     assert str(caught.value).startswith("rules.toml: ")
+
+
+def test_rules_are_read_from_a_file(tmp_path):
+    file = tmp_path / "rules.toml"
+    file.write_text("keep_rest = true")
+    assert load_rules(file) == Remap([], keep_rest=True)
+    file.write_text("keep_rest = 1")
+    with pytest.raises(ConfigError, match=r"rules.toml: 1 entry is wrong"):
+        load_rules(file)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_rules(tmp_path / "none")
 
 
 def test_all_bad_rules_are_named_at_once():

@@ -75,7 +75,7 @@ def test_a_view_that_cannot_be_read_is_an_error_and_leaves_nothing(tmp_path):
 
     with pytest.raises(sk.DamagedError, match="params/w: gone"):
         write_checkpoint(tmp_path, {"params/w": Broken()})
-    with pytest.raises(sk.RestoreError, match="expected a checkpoint"):
+    with pytest.raises(sk.RestoreError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)
 
 

@@ -39,6 +39,9 @@ CASES = {
     ),
     "factory": (["--model.factory", "models.mlp:bild"], "did you mean 'build'"),
     "model option": (["--model.options.hiden_dim", "3"], "did you mean 'hidden_dim'"),
+    "rules of nothing": (["--remap", "r.toml"], "name it with --from"),
+    "from nothing": (["--from", "none"], "none: there is no such path"),
+    "from and resume": (["--from", "none", "--resume"], "leave one out"),
     "model value": (["--model.options.dropout", "1.5"], "dropout.*found 1.5"),
 }
 

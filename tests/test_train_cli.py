@@ -173,6 +173,8 @@ def test_resuming_a_finished_run_changes_nothing(train, plain):
         if path.is_file()
     }
     assert "finished already" in train("--out", plain, "--resume", "--devices", "3")
+    said = train("--out", plain, "--resume", "--steps", "2")
+    assert f"at step {STEPS}, beyond step 2" in said
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -220,6 +222,17 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
         assert train.summary(out)[name] == train.summary(plain)[name]
     assert [at["step"] for at in train.traced(out, "begin")] == [0, step, 6]
     assert [at["step"] for at in train.traced(out, "reconfigure")] == [10]
+
+
+def test_a_run_begins_from_the_checkpoint_of_another(train, plain):
+    """The same parameters and moments, under another learning rate."""
+    end = str(STEPS + 2)
+    rate = ["--optimizer.learning_rate", "1e-4", "--steps", end]
+    said = train("--from", plain, "--out", "other", *rate)
+    assert f"other: steps {STEPS} to {end}" in said
+    assert [line["step"] for line in train.steps("other")] == [STEPS, STEPS + 1]
+    assert train.saved("other")[0] == STEPS
+    assert train.saved(plain)[-1] == STEPS
 
 
 def test_preempted_while_it_compiles_it_leaves_and_goes_on_later(train):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shardkit.checkpoint.orbax_trees import to_nnx as to_nnx
     from shardkit.checkpoint.reader import open_checkpoint as open_checkpoint
     from shardkit.checkpoint.remap import Remap as Remap
+    from shardkit.checkpoint.remap import load_rules as load_rules
     from shardkit.checkpoint.remap_ops import Average as Average
     from shardkit.checkpoint.remap_ops import Cast as Cast
     from shardkit.checkpoint.remap_ops import Drop as Drop
@@ -73,7 +74,7 @@ _HOMES = {
     "schedule_weights",
     "orbax_trees": "from_linen from_nnx to_linen to_nnx",
     "reader": "open_checkpoint",
-    "remap": "Remap",
+    "remap": "Remap load_rules",
     "remap_ops": "Average Cast Drop Fuse Init Pad Reshape Slice Split Stack Transpose "
     "Unpad Unstack",
     "rules": "Rule",
@@ -84,6 +85,10 @@ _HOMES = {
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted(_NAMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})
 
 
 def __getattr__(name: str) -> Any:

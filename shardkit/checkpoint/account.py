@@ -118,7 +118,9 @@ class Account:
         """Notes targets that are not wanted, or whose shape or dtype is not."""
         for path, row in self.rows.items():
             if path not in wanted:
-                self.problems.append((path, f"is made by {_maker(row)}, and unwanted"))
+                advice = "" if row.rule else "; drop it, or allow it to be left out"
+                problem = f"is made by {_maker(row)}, and unwanted{advice}"
+                self.problems.append((path, problem))
                 continue
             spec, found = wanted[path], (row.shape, row.dtype)
             if spec not in (None, found):

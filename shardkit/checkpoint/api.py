@@ -16,22 +16,32 @@ from shardkit.checkpoint.block_sums import BlockSums, manifest_of
 from shardkit.checkpoint.check import check_blocks
 from shardkit.checkpoint.engine import Engine
 from shardkit.checkpoint.host_sums import HostSums
+from shardkit.checkpoint.inputs import (
+    check_place,
+    check_remap,
+    checked_path,
+    is_run,
+    named,
+    new_directories,
+    step_number,
+)
 from shardkit.checkpoint.manager import (
     agreed,
     compare_blocks,
     compare_leaves,
     fingerprint,
 )
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.placing import Target, place
 from shardkit.checkpoint.reader import open_checkpoint, saved_steps
 from shardkit.checkpoint.remap import Remap
 from shardkit.checkpoint.stored import check_savable, insert
 from shardkit.checkpoint.sums import seal
 from shardkit.checkpoint.views import ArrayView, whole_box
-from shardkit.errors import DamagedError, RestoreError
+from shardkit.errors import ConfigError, DamagedError, RestoreError
 from shardkit.keys import raw
 from shardkit.layout import LeafLayout
-from shardkit.tree import format_table, named_leaves
+from shardkit.tree import format_table
 
 __all__ = ["restore", "save", "verify"]
 
@@ -43,13 +53,15 @@ def save(path: str | Path, tree: Any, *, step: int = 0) -> Path:
         path: The directory of checkpoints; created if it is not there.
         tree: Of JAX arrays on any mesh, random keys among them, numpy arrays and
             numbers. Several processes call it together.
-        step: Under which number.
+        step: Under which number, from 0.
 
     Returns:
         The directory of the step.
 
     Raises:
-        RestoreError: If the step is there already, or cannot be written.
+        ConfigError: If something cannot be saved, or not there; nothing is written.
+        RestoreError: If the step is there already.
+        SaveError: If it cannot be written; what was begun is gone again.
 
     Example:
         >>> import tempfile
@@ -59,12 +71,17 @@ def save(path: str | Path, tree: Any, *, step: int = 0) -> Path:
         ...     print(restore(directory, {"w": jnp.zeros(3)}))
         {'w': Array([0., 1., 2.], dtype=float32)}
     """
-    path = Path(path).absolute()
+    path, step = checked_path(path, "save(path, tree)"), step_number(step)
+    check_place(path)
+    if is_run(path):
+        raise ConfigError(
+            f"{path}: is of a run, which saves there itself; name another directory"
+        )
     if step in saved_steps(path):
         raise RestoreError(f"{path / str(step)}: is there already; name another step")
     pairs = [
-        (name, x if isinstance(x, jax.Array) else np.asarray(x))
-        for name, x in named_leaves(tree)
+        (name, x if isinstance(x, jax.Array) else _as_array(name, x))
+        for name, x in named(tree)
     ]
     layouts = [LeafLayout(name, x.shape, x.dtype) for name, x in pairs]
     check_savable(layouts)
@@ -89,11 +106,12 @@ def save(path: str | Path, tree: Any, *, step: int = 0) -> Path:
                 tables[name] = HostSums(ArrayView(np.asarray(x))).table(1 << 24)
         seal(directory, manifest_of(step, layouts, tables, fingerprint=known))
 
-    engine = Engine(path)
-    try:
-        engine.save(step, nested, finish)
-    finally:
-        engine.close()
+    with new_directories(path):
+        engine = Engine(path)
+        try:
+            engine.save(step, nested, finish)
+        finally:
+            engine.close()
     return path / str(step)
 
 
@@ -118,11 +136,15 @@ def restore(
         remap: Rules that make this tree of what was saved.
 
     Raises:
+        ConfigError: If an argument is something else than is asked for.
         RestoreError: Naming every leaf that is missing, extra, reshaped or recast.
         DamagedError: Naming every block that is damaged.
     """
+    path = checked_path(path, "restore(path, like)")
+    step = None if step is None else step_number(step)
+    check_remap(remap, Remap)
     saved = open_checkpoint(path, step)
-    wanted = {name: _abstract(leaf) for name, leaf in named_leaves(like)}
+    wanted = {name: _abstract(leaf) for name, leaf in named(like)}
     if remap is None:
         advice = "Ask for what was saved, or give rules that make this of it (remap=…)."
         compare_leaves(saved, wanted, "that are asked for", advice)
@@ -170,14 +192,23 @@ def verify(path: str | Path, *, step: int | None = None, blocks: bool = False) -
         DamagedError: Naming every file, or leaf and block, that is damaged.
         RestoreError: If there is nothing, or no checksums were saved.
     """
-    saved = open_checkpoint(path, step)
+    path = checked_path(path, "verify(path)")
+    saved = open_checkpoint(path, None if step is None else step_number(step))
     if bad := saved.check_files():
         raise DamagedError(f"{saved.directory}: damaged:\n  " + "\n  ".join(bad[:20]))
     if blocks and (found := check_blocks(saved)):
         rows = [(x.path, f"block {x.number}", x.problem) for x in found[:20]]
         raise DamagedError(
-            f"{saved.directory}: {len(found)} blocks are damaged\n" + format_table(rows)
+            f"{saved.directory}: {counted(len(found), 'block', 'is', 'are')} damaged\n"
+            + format_table(rows)
         )
+
+
+def _as_array(name: str, leaf: Any) -> np.ndarray:
+    try:
+        return np.asarray(leaf)
+    except ValueError:
+        raise ConfigError(f"{name}: is no array: {type(leaf).__name__}") from None
 
 
 def _abstract(leaf: Any) -> Any:

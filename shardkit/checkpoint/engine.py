@@ -7,6 +7,8 @@ writes is part of that whole. It knows nothing of meshes, manifests or digests.
 
 import contextlib
 import math
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from shardkit.checkpoint.inputs import check_place
 from shardkit.checkpoint.reader import saved_steps
 from shardkit.checkpoint.streaming import handlers
-from shardkit.errors import RestoreError, SaveError, ShardkitError
+from shardkit.errors import RestoreError, SaveError, ShardkitError, reason
 
 __all__ = ["ITEM", "Engine", "Keep"]
 
@@ -28,6 +31,8 @@ CHUNK_BYTES = 16 << 20
 
 _APART_BYTES = 1 << 20
 """Stacked layers of that many bytes are stored apart, so that each is read alone."""
+
+_PATIENCE_S = 5
 
 Keep = checkpoint_managers.PreservationPolicy
 Finish = Callable[[Path], None]
@@ -68,6 +73,7 @@ class Engine:
         chunk_bytes: What is read at once at least; a larger shard is stored in several.
 
     Raises:
+        ConfigError: If a file is in the way.
         RestoreError: If the directory cannot be used.
     """
 
@@ -81,6 +87,8 @@ class Engine:
     ) -> None:
         self.directory, self._chunk_bytes = directory, chunk_bytes
         self._handler = _Handler(use_compression=compress)
+        self._unfinished: int | None = None
+        check_place(directory)
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add(ITEM, ocp.args.PyTreeSave, self._handler)
         # What is not complete is no checkpoint; it goes when a run begins.
@@ -92,7 +100,9 @@ class Engine:
                 directory, options=options, handler_registry=registry
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RestoreError(f"{directory}: cannot be used: {error}") from error
+            raise RestoreError(
+                f"{directory}: cannot be used: {reason(error)}"
+            ) from error
 
     def steps(self) -> list[int]:
         """What is saved or being saved, by whomever, oldest first."""
@@ -129,7 +139,7 @@ class Engine:
                 f"{self.directory}: step {step} has been saved by another run "
                 "meanwhile. Give every run a directory of its own."
             )
-        self._handler.finish = finish
+        self._handler.finish, self._unfinished = finish, step
         save_args = jax.tree.map(
             lambda x: ocp.SaveArgs(
                 chunk_byte_size=self._chunk_bytes, shard_axes=_apart(x)
@@ -177,9 +187,25 @@ class Engine:
             yield
         except ShardkitError:
             # What was read while it was written has its own to say.
+            self._discard()
             raise
         except (OSError, ValueError, RuntimeError) as error:
+            self._discard()
             raise SaveError(
-                f"{self.directory}: could not be saved: {error}. What was saved before "
-                "is whole."
+                f"{self.directory}: could not be saved: {reason(error)}. What was "
+                "saved before is whole."
             ) from error
+
+    def _discard(self) -> None:
+        """Removes what was begun and cannot be finished: it may have filled a disk."""
+        step, self._unfinished = self._unfinished, None
+        if step is None or jax.process_index() != 0:
+            return
+        # The threads of a write that has failed may be at their last file.
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while left := [*self.directory.glob(f"{step}.orbax-checkpoint-tmp*")]:
+            for path in left:
+                shutil.rmtree(path, ignore_errors=True)
+            if time.monotonic() > deadline_s:
+                return
+            time.sleep(0.02)

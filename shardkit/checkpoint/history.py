@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint.config import CheckpointConfig
+from shardkit.checkpoint.inputs import check_remap, checked_path, step_number
 from shardkit.checkpoint.manager import (
     Checkpoints,
     Facts,
@@ -19,7 +20,7 @@ from shardkit.checkpoint.manager import (
     load,
     wanted_views,
 )
-from shardkit.checkpoint.reader import Saved, saved_steps
+from shardkit.checkpoint.reader import Saved, open_checkpoint, saved_steps
 from shardkit.checkpoint.remap import Remap
 from shardkit.checkpoint.sums import check_sums
 from shardkit.errors import DamagedError, RestoreError, SaveError
@@ -101,12 +102,25 @@ class History:
         if wait:
             self.wait()
 
-    def choose(self, step: int | None, remap: Remap | None = None) -> int:
+    def choose(
+        self, step: int | None, remap: Remap | None = None, source: Any = None
+    ) -> int:
         """Chooses the step to go on from, the newest by default; nothing is read yet.
 
+        Args:
+            step: Which; the newest if it is None.
+            remap: Rules that make a state of this run of it.
+            source: Where it is, if it is none of this run's.
+
         Raises:
+            ConfigError: If an argument is something else than is asked for.
             RestoreError: If there is none that can be.
         """
+        step = None if step is None else step_number(step)
+        check_remap(remap, Remap)
+        if source is not None:
+            path = checked_path(source, "restore(source=path)")
+            return self._choose_other(path, step, remap)
         try:
             self.wait()
         except SaveError as error:
@@ -121,7 +135,34 @@ class History:
                 + f", found {saved or 'none'}"
             )
         self._is_certain, self._remap = step is not None, remap
-        return self._take([step] if step is not None else saved[::-1])
+        return self._take([step] if step is not None else saved[::-1], [])
+
+    def _choose_other(self, source: Path, step: int | None, remap: Remap | None) -> int:
+        """Chooses what was saved elsewhere, for a run that has saved nothing yet."""
+        if there := self.steps():
+            raise RestoreError(
+                f"{self.directory}: holds steps {there} of a run, which cannot begin "
+                f"from {source}. Give a new run another directory."
+            )
+        saved = open_checkpoint(source, step)
+        if saved.manifest is None:
+            raise RestoreError(
+                f"{saved.directory}: was not saved by shardkit; bring it in by "
+                "shardkit ckpt import"
+            )
+        self._is_certain, self._remap = True, remap
+        self._chosen, self._own = saved, set()
+        return saved.manifest.step
+
+    def go_on(self, step: int) -> None:
+        """Goes on from a step that was not read here, of this very run.
+
+        Args:
+            step: What was saved after it is made, and saved, again.
+        """
+        self._checkpoints.begin()
+        self._own = {saved for saved in self.steps() if saved <= step}
+        self._checkpoints.go_back(step)
 
     def load(self, placement: Placement) -> tuple[int, Any]:
         """Reads the chosen step, or the newest before it that is whole.
@@ -137,15 +178,17 @@ class History:
             manifest = self._chosen.manifest
             assert manifest is not None
             try:
-                return manifest.step, self._read(self._chosen, placement)
+                state = self._read(self._chosen, placement)
             except DamagedError as error:
                 earlier = [s for s in self.steps() if s < manifest.step]
                 # What can only not be read at the moment is nothing to go back from.
                 is_whole = not check_sums(self._chosen.directory)
                 if self._is_certain or not earlier or is_whole:
                     raise
-                self._pass_over(manifest.step, error)
-                self._take(earlier[::-1])
+                self._take(earlier[::-1], [(manifest.step, error)])
+            else:
+                self._events.emit("restored", step=manifest.step)
+                return manifest.step, state
 
     def _read(self, saved: Saved, placement: Placement) -> Any:
         if self._remap is None:
@@ -157,17 +200,28 @@ class History:
         made = Saved(saved.directory, saved.manifest, views)
         return load(made, placement, verify=False)
 
-    def _take(self, steps: list[int]) -> int:
-        """Chooses the first of some steps of which the manifest is whole."""
+    def _take(self, steps: list[int], passed: list[tuple[int, DamagedError]]) -> int:
+        """Chooses the first of some steps of which the manifest is whole.
+
+        Args:
+            steps: These.
+            passed: What was passed over already, and why.
+        """
         for step in steps:
             try:
                 saved = self._checkpoints.open(step)
             except DamagedError as error:
                 if step == steps[-1]:
                     raise
-                self._pass_over(step, error)
+                passed = [*passed, (step, error)]
                 continue
             self._check(saved)
+            for other, error in passed:
+                message = (
+                    f"step {other} cannot be restored, going on from step {step}: "
+                    f"{error}"
+                )
+                self._events.emit("notice", message=message)
             self._chosen, self._own = saved, {step}
             self._checkpoints.go_back(step)
             return step
@@ -179,10 +233,6 @@ class History:
         if changed and self._exact:
             message = "bits may differ from the run that saved: " + ", ".join(changed)
             self._events.emit("notice", message=message)
-
-    def _pass_over(self, step: int, error: DamagedError) -> None:
-        message = f"step {step} cannot be restored, so an earlier one is: {error}"
-        self._events.emit("notice", message=message)
 
     def wait(self) -> None:
         """Waits until what is being saved is committed."""
@@ -211,6 +261,7 @@ def open_history(
     rows: int,
     corpus_digest: str | None,
     events: EventLog,
+    begins: bool = True,
 ) -> History | None:
     """Opens the checkpoints of a run; None for a run that keeps none.
 
@@ -220,14 +271,19 @@ def open_history(
         rows: Examples in a global batch.
         corpus_digest: Of the data, if it has one.
         events: Where what happens is told.
+        begins: Whether it is this process's run already; otherwise the directory is
+            left alone until something is saved or restored.
     """
     if config is None:
         return None
     corpus = {} if corpus_digest is None else {"corpus_digest": corpus_digest}
     # Other generators are refused, see `keys`.
     random = {"seed": run["seed"], "generator": "threefry2x32", "partitionable": True}
+    checkpoints = Checkpoints(config)
+    if begins:
+        checkpoints.begin()
     return History(
-        Checkpoints(config),
+        checkpoints,
         # Of another global batch, the examples of a step would be others.
         {**corpus, "rows": rows, **run},
         random,

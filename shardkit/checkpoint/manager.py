@@ -8,6 +8,7 @@ retention are Orbax's.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import numpy as np
 from shardkit.checkpoint.block_sums import BlockSums, held, manifest_of
 from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.manifest import Manifest
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.placing import Target, place
 from shardkit.checkpoint.reader import Saved, open_item
 from shardkit.checkpoint.stored import check_savable, insert
@@ -42,6 +44,10 @@ __all__ = [
     "compare_leaves",
     "load",
 ]
+
+
+_ABSENT = object()
+_IF_MEANT = "Give restore(remap=…) if that is meant."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,18 +87,30 @@ class Checkpoints:
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
+        self._config = config
+        self.directory = Path(config.directory).absolute()
+        self._best = config.best_metric if config.keep_best else None
+        self.abandoned: set[int] = set()
+
+    @functools.cached_property
+    def _engine(self) -> Any:
         # Orbax takes a second to load, and not every run saves.
         from shardkit.checkpoint.engine import Engine
         from shardkit.checkpoint.retention import retention
 
-        self.directory = Path(config.directory).absolute()
-        self._best = config.best_metric if config.keep_best else None
-        self._engine = Engine(
+        return Engine(
             self.directory,
-            keep=retention(config, self._metrics),
-            compress=config.compress,
+            keep=retention(self._config, self._metrics),
+            compress=self._config.compress,
         )
-        self.abandoned: set[int] = set()
+
+    def begin(self) -> None:
+        """Takes the directory: what is incomplete there goes.
+
+        Raises:
+            RestoreError: If it cannot be used.
+        """
+        _ = self._engine
 
     def steps(self) -> list[int]:
         """What is saved or being saved, oldest first, without what was left."""
@@ -172,14 +190,19 @@ def check_run(saved: Saved, run: Mapping[str, Any]) -> list[str]:
     """
     assert saved.manifest is not None
     before, now = saved.manifest.run, json.loads(json.dumps(run))
+    if not before:
+        raise RestoreError(
+            f"{saved.directory}: no run is recorded with it: it was imported, or saved "
+            f"without a Trainer. {_IF_MEANT}"
+        )
     rows = [
-        (key, f"saved {before.get(key)!r:.500}", f"now {now.get(key)!r:.500}")
-        for key in sorted(now.keys() | before.keys())
-        if before.get(key) != now.get(key)
+        (key, f"saved {_spell(old)}", f"now {_spell(new)}")
+        for key, old, new in _differing(before, now)
     ]
     if rows:
         raise RestoreError(
-            f"{saved.directory}: the checkpoint is of another run\n" + _listed(rows)
+            f"{saved.directory}: the checkpoint is of another run\n{_listed(rows)}\n"
+            f"{_IF_MEANT}"
         )
     known = saved.manifest.fingerprint
     return [
@@ -187,6 +210,27 @@ def check_run(saved: Saved, run: Mapping[str, Any]) -> list[str]:
         for key, value in fingerprint().items()
         if known.get(key) != value
     ]
+
+
+def _differing(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields what differs, of a config its keys: `(name, saved, now)`."""
+    for key in sorted(now.keys() | before.keys()):
+        old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
+        if isinstance(old, dict) and isinstance(new, dict):
+            for name, *values in _differing(old, new):
+                yield f"{key} {name}", *values
+        elif before.get(key) != now.get(key):
+            yield key, old, new
+
+
+def _spell(value: Any) -> str:
+    if value is _ABSENT or value is None:
+        return "not recorded" if value is _ABSENT else "none"
+    if isinstance(value, dict):
+        return f"a table of {len(value)} keys"
+    return f"{value!r:.200}"
 
 
 def load(saved: Saved, placement: Placement, *, verify: bool = True) -> Any:
@@ -263,7 +307,8 @@ def compare_blocks(saved: Saved, found: Mapping[str, np.ndarray]) -> None:
     if bad:
         files = check_sums(saved.directory) or ["none of its files has changed"]
         raise DamagedError(
-            f"{saved.directory}: damaged: {len(bad)} blocks are not what was saved\n"
+            f"{saved.directory}: damaged: "
+            f"{counted(len(bad), 'block', 'is', 'are')} not what was saved\n"
             + _listed(bad, 20)
             + "\nfiles:\n  "
             + "\n  ".join(files[:20])
@@ -345,6 +390,7 @@ def compare_leaves(
     ]
     if rows:
         raise RestoreError(
-            f"{saved.directory}: {len(rows)} leaves of the checkpoint are not those "
-            f"{whose}\n{_listed(rows)}\n{advice}"
+            f"{saved.directory}: {counted(len(rows), 'leaf')} of the checkpoint "
+            f"{'is not that' if len(rows) == 1 else 'are not those'} {whose}\n"
+            f"{_listed(rows)}\n{advice}"
         )

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from shardkit.blocks import Blocks
-from shardkit.errors import DamagedError
+from shardkit.errors import DamagedError, reason
 
 __all__ = [
     "FILE_NAME",
@@ -258,7 +258,7 @@ def unsealed(path: Path, version: int) -> dict[str, Any]:
             f"{path}: not there; expected a checkpoint of shardkit, with its manifest"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{path}: damaged: {error!s:.300}") from None
+        raise DamagedError(f"{path}: damaged: {reason(error):.300}") from None
     return found
 
 

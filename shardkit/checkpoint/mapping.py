@@ -7,7 +7,7 @@ of the rows, what was dropped, and what is left over. It maps nothing itself.
 import dataclasses
 from collections.abc import Iterable
 
-__all__ = ["Mapped", "MappingTable", "format_rows"]
+__all__ = ["Mapped", "MappingTable", "counted", "format_rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,19 @@ class MappingTable:
         rows += [(path, "", "allowed", "") for path in self.allowed]
         rows += [(path, "", "!", what) for path, what in self.wrong()]
         return format_rows(rows)
+
+
+def counted(num: int, noun: str, one: str = "", more: str = "") -> str:
+    """Writes a number and what it counts, with a verb for one and one for more.
+
+    >>> counted(1, "leaf"), counted(2, "leaf"), counted(0, "entry"), counted(3, "path")
+    ('1 leaf', '2 leaves', '0 entries', '3 paths')
+    >>> counted(1, "block", "is", "are"), counted(2, "block", "is", "are")
+    ('1 block is', '2 blocks are')
+    """
+    plural = {"leaf": "leaves", "entry": "entries"}.get(noun, f"{noun}s")
+    words = (noun, one) if num == 1 else (plural, more)
+    return " ".join(filter(None, (str(num), *words)))
 
 
 def format_rows(rows: Iterable[tuple[str, ...]]) -> str:

@@ -165,8 +165,8 @@ def _check(decoder: Decoder, theirs: MaxTextLayout) -> None:
         "expected no biases, which a Llama of MaxText has not": decoder.use_bias,
         "the embedding also makes the logits and normalize_embedding_logits is true, "
         "so MaxText divides them by √embed_dim; models.gpt does not. If it was false "
-        "in that run, say MaxTextLayout(normalizes_logits=False)": decoder.tied
-        and theirs.normalizes_logits,
+        "in that run, say MaxTextLayout(normalizes_logits=False) or "
+        "--no-normalize-logits": decoder.tied and theirs.normalizes_logits,
     }
     if found := [f"  {text}" for text, holds in problems.items() if holds]:
         raise ConfigError("\n".join(["MaxText:", *found]))

@@ -19,8 +19,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from shardkit.checkpoint.mapping import format_rows
+from shardkit.checkpoint.mapping import counted, format_rows
 from shardkit.checkpoint.remap_values import check_weights
+from shardkit.checkpoint.unused import nearest
 from shardkit.checkpoint.value_views import EqualView, MeanView
 from shardkit.checkpoint.views import View, is_floating
 from shardkit.errors import ConfigError, RestoreError
@@ -62,7 +63,8 @@ def average(
             is read.
 
     Raises:
-        ConfigError: If there is no checkpoint, or the weights do not fit.
+        ConfigError: If there is no checkpoint, the weights do not fit, or nothing
+            is under one of `params`.
         RestoreError: Listing the leaves in which the checkpoints differ.
 
     >>> import numpy as np
@@ -84,6 +86,7 @@ def average(
     found = check_weights("merge", found)
     _check_alike(trees)
     roots = tuple(f"{root}/" for root in params)
+    _check_roots(params, trees[-1])
     merged: dict[str, View] = {}
     for path, newest in trees[-1].items():
         if path.startswith(roots) and is_floating(newest.dtype):
@@ -93,6 +96,21 @@ def average(
         else:
             merged[path] = newest
     return merged
+
+
+def _check_roots(roots: Sequence[str], tree: Tree) -> None:
+    """Refuses to average nothing in silence."""
+    bad = [
+        f"{root!r} ({hint[2:]})" if (hint := nearest(root, tree)) else repr(root)
+        for root in roots
+        if not any(path.startswith(f"{root}/") for path in tree)
+    ]
+    if bad or not roots:
+        there = dict.fromkeys(path.split("/")[0] for path in tree if "/" in path)
+        raise ConfigError(
+            f"merge: nothing is under {', '.join(bad) or 'no prefix'}; expected some "
+            f"of {', '.join(there) or 'none, as no path has two parts'}"
+        )
 
 
 def average_by_metric(
@@ -271,7 +289,8 @@ def _check_alike(trees: Sequence[Tree]) -> None:
                 rows.append((path, f"checkpoint {number} has {found}", expected))
     if rows:
         raise RestoreError(
-            f"{len(rows)} leaves differ from the newest checkpoint, so they cannot be "
-            f"averaged:\n{format_rows([('', 'found', 'expected'), *rows])}\n"
+            f"{counted(len(rows), 'leaf', 'differs', 'differ')} from the newest "
+            "checkpoint, and cannot be averaged:\n"
+            f"{format_rows([('', 'found', 'expected'), *rows])}\n"
             "Merge checkpoints of one run, or remap them to one layout first."
         )

@@ -19,6 +19,7 @@ from shardkit.checkpoint.stored import (
 )
 from shardkit.checkpoint.sums import SUMS_NAME, check_sums
 from shardkit.checkpoint.views import View
+from shardkit.checkpoint.whereabouts import describe_absent
 from shardkit.errors import DamagedError, RestoreError
 
 __all__ = ["Saved", "find_item", "open_checkpoint", "open_item", "saved_steps"]
@@ -82,10 +83,15 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Saved:
         >>> open_checkpoint("/nowhere")
         Traceback (most recent call last):
         ...
-        shardkit.errors.RestoreError: /nowhere: expected a checkpoint, found nothing
+        shardkit.errors.RestoreError: /nowhere: there is no such path
     """
     saved = open_item(find_item(Path(path), step))
     if step is not None and saved.manifest and saved.manifest.step != step:
+        if not _has_choice(Path(path)):
+            raise RestoreError(
+                f"{path}: expected a checkpoint of step {step}, found one of step "
+                f"{saved.manifest.step}"
+            )
         raise DamagedError(
             f"{saved.directory}: expected what was saved at step {step}, found step "
             f"{saved.manifest.step}"
@@ -127,7 +133,8 @@ def find_item(path: Path, step: int | None = None) -> Path:
         RestoreError: If there is none.
     """
     if not path.is_dir():
-        raise RestoreError(f"{path}: expected a checkpoint, found nothing")
+        steps = saved_steps(path.absolute().parent)
+        raise RestoreError(f"{path}: {describe_absent(path.absolute(), steps)}")
     path = path.absolute()
     if _is_item(path):
         return path
@@ -136,14 +143,21 @@ def find_item(path: Path, step: int | None = None) -> Path:
             return path / name
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = saved_steps(root)
-    if not steps or step not in (None, *steps):
-        wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-        raise RestoreError(f"{root}: expected {wanted}, found {steps or 'none'}")
+    if not steps:
+        raise RestoreError(f"{path}: {describe_absent(path)}")
+    if step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise RestoreError(f"{root}: there is no step {step}; there are {there}")
     found = root / str(steps[-1] if step is None else step)
     for name in _ITEMS:
         if _is_item(found / name):
             return found / name
     raise DamagedError(f"{found}: expected arrays in one of {', '.join(_ITEMS)}")
+
+
+def _has_choice(path: Path) -> bool:
+    """Whether a path stands for several steps, and not for one."""
+    return not any(_is_item(path / name) for name in ("", *_ITEMS))
 
 
 def saved_steps(root: Path) -> list[int]:

@@ -7,22 +7,25 @@ remapping costs no memory, and a box of its results as much as the box.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shardkit.checkpoint.account import Account, Spec, group_followers
 from shardkit.checkpoint.applications import Application, match_rules
-from shardkit.checkpoint.mapping import MappingTable, format_rows
+from shardkit.checkpoint.mapping import MappingTable, counted, format_rows
 from shardkit.checkpoint.patterns import Pattern
 from shardkit.checkpoint.remap_ops import Op
 from shardkit.checkpoint.remap_toml import parse_remap, spell_remap
 from shardkit.checkpoint.rules import Rule, run_ops
+from shardkit.checkpoint.unused import unused_prefixes, unused_rules
 from shardkit.checkpoint.views import View
-from shardkit.errors import ConfigError, RestoreError
+from shardkit.errors import ConfigError, RestoreError, reason
 
-__all__ = ["FOLLOWERS", "Remap"]
+__all__ = ["FOLLOWERS", "Remap", "load_rules"]
 
 FOLLOWERS = ("opt_state", "ema", "grad_exponent")
 """What in a training state of shardkit has a place for every parameter."""
@@ -34,13 +37,15 @@ class Remap:
 
     Args:
         rules: The rules, written for parameters.
-        keep_rest: Whether what no rule takes is passed unchanged.
-        follow: What the paths of arrays that follow parameters begin with, such as
-            `opt_state` or `ema`. If such a path ends in the path of a parameter, then
+        keep_rest: Whether what no rule takes is passed unchanged. Then a rule that
+            matches nothing is an error, unless its sources are in `allow`.
+        follow: What the paths of arrays that follow parameters begin with: by default
+            what a training state of shardkit has, `FOLLOWERS`, as far as it is there.
+            If such a path ends in the path of a parameter, then
             the parameter's rule holds for it too, unless a rule takes it by name.
         root: What parameters' paths begin with; the paths of what follows lack it.
-        allow: Patterns of sources that may be left behind, and of wanted targets that
-            may not be made.
+        allow: Patterns of sources that may be left behind where they are not wanted,
+            and of wanted targets that may not be made.
 
     >>> from shardkit.checkpoint.remap_ops import Transpose
     >>> from shardkit.checkpoint.views import ArrayView
@@ -56,6 +61,23 @@ class Remap:
     allow: Sequence[str] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        if isinstance(self.rules, Rule):
+            raise ConfigError(
+                "rules: expected a list, found a rule; write Remap([rule, …]): "
+                f"{self.rules.describe()}"
+            )
+        for name in ("rules", "follow", "allow"):
+            if isinstance(value := getattr(self, name), str | os.PathLike):
+                advice = f"Remap([rule, …]), or load_rules({str(value)!r}) for a file"
+                if name != "rules":
+                    advice = f"{name}=[{str(value)!r}]"
+                raise ConfigError(
+                    f"{name}: expected a list, found {str(value)!r}; write {advice}"
+                )
+        if bad := [x for x in self.rules if not isinstance(x, Rule)]:
+            raise ConfigError(
+                f"rules: expected each to be a Rule, found {bad[0]!r:.80}"
+            )
         for name in ("rules", "follow", "allow"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for text in self.allow:
@@ -75,10 +97,19 @@ class Remap:
         account, table = self._resolve(tree, wanted)
         wrong = table.wrong()
         if wrong:
+            advice = ""
+            if table.unmatched or table.missing:
+                # Where keep_rest is set, nothing is unmatched.
+                more = (
+                    table.unmatched and ", or set keep_rest to pass sources unchanged"
+                )
+                advice = (
+                    "\nWrite a rule for each (drop and init leave a path out or make "
+                    f"it anew){more or ''}."
+                )
             raise RestoreError(
-                f"{len(wrong)} paths cannot be remapped:\n{format_rows(wrong)}\n"
-                "Write a rule for each (drop and init leave a path out or make it "
-                "anew), or set keep_rest to pass sources unchanged."
+                f"{counted(len(wrong), 'path')} cannot be remapped:\n"
+                f"{format_rows(wrong)}{advice}"
             )
         return account.views
 
@@ -148,22 +179,30 @@ class Remap:
         groups, rest = group_followers(applications, rest, self.follow, self.root)
         for application, followers in zip(applications, groups, strict=True):
             account.apply(application, followers, self.root)
+        patterns = [Pattern(text) for text in self.allow]
+
+        def is_allowed(path: str) -> bool:
+            return any(pattern.match(path) is not None for pattern in patterns)
+
         if self.keep_rest:
+            unwanted = [p for p in rest if specs is not None and p not in specs]
+            left = {path for path in unwanted if is_allowed(path)}
             for path in rest:
-                account.add(path, tree[path], [path])
-            rest = []
+                if path not in left:
+                    account.add(path, tree[path], [path])
+            rest = [path for path in rest if path in left]
+            account.problems += unused_rules(
+                self.rules, applications, [*tree], optional=self.allow
+            )
+        others = [prefix for prefix in self.follow if prefix not in FOLLOWERS]
+        account.problems += unused_prefixes(others, [*tree])
         for number, rule in enumerate(self.rules, 1):
             if rule.init:
                 account.init(number, rule, specs or {})
         if specs is not None:
             account.compare(specs)
         missing = [path for path in specs or {} if path not in account.rows]
-        patterns = [Pattern(text) for text in self.allow]
-        allowed = {
-            path
-            for path in (*rest, *missing)
-            if any(pattern.match(path) is not None for pattern in patterns)
-        }
+        allowed = {path for path in (*rest, *missing) if is_allowed(path)}
         return account, MappingTable(
             rows=list(account.rows.values()),
             dropped=account.dropped,
@@ -172,6 +211,19 @@ class Remap:
             missing=[path for path in missing if path not in allowed],
             problems=account.problems,
         )
+
+
+def load_rules(path: str | Path) -> Remap:
+    """Reads a file of rules in TOML: see `Remap.from_toml`.
+
+    Raises:
+        ConfigError: If it cannot be read, or saying all that is wrong in it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {reason(error):.200}") from None
+    return Remap.from_toml(text, str(path))
 
 
 def _specs(wanted: Any) -> dict[str, Spec] | None:

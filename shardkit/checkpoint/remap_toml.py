@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardkit.checkpoint.mapping import format_rows
+from shardkit.checkpoint.mapping import counted, format_rows
 from shardkit.checkpoint.remap_ops import OPS, Op, Reshape, Transpose
 from shardkit.checkpoint.rules import Rule
 from shardkit.errors import ConfigError
@@ -71,7 +71,8 @@ def parse_remap(text: str, where: str) -> tuple[list[Rule], dict[str, Any]]:
             problems.append((f"rule {number}", str(error)))
     if problems:
         raise ConfigError(
-            f"{where}: {len(problems)} entries are wrong:\n{format_rows(problems)}"
+            f"{where}: {counted(len(problems), 'entry', 'is', 'are')} wrong:\n"
+            + format_rows(problems)
         )
     return rules, options
 

@@ -9,10 +9,10 @@ rules to a tree.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shardkit.checkpoint.patterns import Pattern
-from shardkit.checkpoint.remap_ops import Drop, Init, Op, Split
+from shardkit.checkpoint.remap_ops import OPS, Drop, Init, Op, Split
 from shardkit.checkpoint.views import View
 from shardkit.errors import ConfigError
 
@@ -57,6 +57,7 @@ class Rule:
         def as_tuple(texts: str | Sequence[str]) -> tuple[str, ...]:
             return (texts,) if isinstance(texts, str) else tuple(texts)
 
+        _check_types(sources, targets, ops)
         object.__setattr__(self, "sources", as_tuple(sources))
         object.__setattr__(self, "targets", as_tuple(targets))
         object.__setattr__(self, "ops", ops)
@@ -230,6 +231,35 @@ def run_ops(
             for index, part in enumerate(made):
                 parts[rest | {(label, index)} if is_named else rest] = part
     return parts
+
+
+def _check_types(sources: Any, targets: Any, ops: Sequence[Any]) -> None:
+    """Refuses what stands in the place of patterns or operations."""
+    wrong = []
+    for name, side in (("sources", sources), ("targets", targets)):
+        texts = [side] if isinstance(side, str) else side
+        if isinstance(texts, list | tuple) and all(isinstance(x, str) for x in texts):
+            continue
+        empty = "; for none, as with Drop() or Init(), write ()"
+        wrong.append(
+            f"{name}: expected a pattern or a list of them, found {side!r:.80}"
+            + (empty if side is None else "")
+        )
+    for op in ops:
+        if isinstance(op, Op):
+            continue
+        word = op.__name__ if isinstance(op, type) else op
+        known = {cls.word: cls for cls in OPS.values()}
+        hint = f"operations of sk.checkpoint such as {', '.join(_NAMED)}"
+        close = known.get(str(word).lower())
+        if close is not None:
+            hint = f"sk.checkpoint.{close.__name__}(…)"
+        wrong.append(f"ops: expected {hint}, found {word!r:.80}")
+    if wrong:
+        raise ConfigError(f"Rule({sources!r:.80}, …): " + "; ".join(wrong))
+
+
+_NAMED = ("Transpose(1, 0)", 'Stack("i")', 'Cast("float32")', "Drop()")
 
 
 def _names(patterns: Sequence[Pattern]) -> frozenset[str]:

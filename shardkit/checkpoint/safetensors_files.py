@@ -24,7 +24,7 @@ from shardkit.checkpoint.safetensors_header import (
     refuse,
 )
 from shardkit.checkpoint.views import Box, View, iter_boxes
-from shardkit.errors import ConfigError, RestoreError
+from shardkit.errors import ConfigError, RestoreError, reason
 
 __all__ = ["open_safetensors", "write_safetensors"]
 
@@ -62,7 +62,7 @@ class _FileView(View):
         try:
             mapped = np.memmap(self.path, np.uint8, "r", offset, (num_bytes,))
         except (OSError, ValueError) as error:
-            problem = f"changed since it was opened: {error}"
+            problem = f"changed since it was opened: {reason(error)}"
             raise refuse(self.path, [problem], "Open it again.") from error
         return np.asarray(mapped).view(self.dtype).reshape(rows)
 
@@ -253,7 +253,7 @@ def _staged(path: Path) -> Iterator[Path]:
         os.replace(staging, path)
         _sync_directory(path.parent)
     except OSError as error:
-        raise RestoreError(f"{path}: cannot be written: {error}") from error
+        raise RestoreError(f"{path}: cannot be written: {reason(error)}") from error
     finally:
         if staging.is_dir():
             shutil.rmtree(staging)

@@ -16,12 +16,19 @@ from shardkit.arguments import check_choice
 from shardkit.checkpoint.block_sums import manifest_of
 from shardkit.checkpoint.engine import CHUNK_BYTES, Engine
 from shardkit.checkpoint.host_sums import HostSums
+from shardkit.checkpoint.inputs import (
+    check_place,
+    checked_path,
+    is_run,
+    new_directories,
+    step_number,
+)
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
 from shardkit.checkpoint.stored import check_savable, insert
 from shardkit.checkpoint.streaming import Streamed
 from shardkit.checkpoint.sums import seal
 from shardkit.checkpoint.views import View
-from shardkit.errors import RestoreError
+from shardkit.errors import ConfigError, RestoreError
 from shardkit.layout import LeafLayout
 
 __all__ = ["LIMIT_BYTES", "write_checkpoint"]
@@ -62,12 +69,16 @@ def write_checkpoint(
         The directory of the step.
 
     Raises:
-        ConfigError: If there is no such compression.
+        ConfigError: If there is no such compression, or something cannot be saved, or
+            not there; nothing is written.
         RestoreError: If the step is there already, or something cannot be read.
     """
     check_choice("compress", compress, tuple(_CODECS))
-    root = Path(root).absolute()
-    step = (like.step if like else 0) if step is None else step
+    root = checked_path(root, "write_checkpoint(root, tree)")
+    step = step_number((like.step if like else 0) if step is None else step)
+    check_place(root)
+    if is_run(root):
+        raise ConfigError(f"{root}: is of a run; write to another directory")
     if (root / str(step)).exists():
         raise RestoreError(
             f"{root / str(step)}: is there already; write to another directory"
@@ -88,15 +99,16 @@ def write_checkpoint(
         }
         seal(directory, _manifest(tree, tables, like, records or {}, step))
 
-    engine = Engine(
-        root,
-        compress=compress == "zstd",
-        chunk_bytes=min(CHUNK_BYTES, limit_bytes // 16),
-    )
-    try:
-        engine.save(step, nested, finish)
-    finally:
-        engine.close()
+    with new_directories(root):
+        engine = Engine(
+            root,
+            compress=compress == "zstd",
+            chunk_bytes=min(CHUNK_BYTES, limit_bytes // 16),
+        )
+        try:
+            engine.save(step, nested, finish)
+        finally:
+            engine.close()
     return root / str(step)
 
 

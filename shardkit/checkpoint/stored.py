@@ -7,6 +7,7 @@ verifies nothing.
 
 import functools
 import json
+import math
 import os
 import re
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 
 from shardkit.checkpoint.manifest import LeafRecord, is_path, read_small
 from shardkit.checkpoint.views import Box, View, box_slices
-from shardkit.errors import ConfigError, DamagedError
+from shardkit.errors import ConfigError, DamagedError, reason
 
 __all__ = [
     "METADATA_NAME",
@@ -69,14 +70,27 @@ def check_savable(leaves: Iterable[Any]) -> None:
     """Refuses what could be written and never be read again.
 
     Args:
-        leaves: Anything with a path and a dtype.
+        leaves: Anything with a path, a shape and a dtype.
 
     Raises:
-        ConfigError: Naming all leaves of a dtype that is not saved, and all that would
-            be stored under the name of another.
+        ConfigError: Naming all leaves of a dtype that is not saved, all without a name
+            of their own, and all that would be stored under the name of another; or if
+            there is no element.
     """
-    bad, names = [], dict[str, str]()
+    bad, names, leaves = [], dict[str, str](), list(leaves)
+    if not any(math.prod(leaf.shape) for leaf in leaves):
+        what = "all leaves are" if leaves else "the tree is"
+        raise ConfigError(f"nothing can be saved: {what} empty")
     for leaf in leaves:
+        if not leaf.path:
+            bad.append('an array by itself has no name: save {"name": array}')
+            continue
+        if not is_path(leaf.path):
+            bad.append(
+                f"{leaf.path!r:.200}: is no path: no part of it may be empty, "
+                "'.' or '..', nor hold a zero byte"
+            )
+            continue
         other = names.setdefault(stored_name(leaf.path), leaf.path)
         if other is not leaf.path:
             bad.append(f"{leaf.path}: would be stored under the name of {other}")
@@ -220,4 +234,6 @@ def tree_names(directory: Path) -> Iterator[str]:
     except FileNotFoundError:
         raise DamagedError(f"{path}: missing; expected Orbax's") from None
     except _BAD_JSON as e:
-        raise DamagedError(f"{path}: damaged: {type(e).__name__}: {e!s:.200}") from None
+        raise DamagedError(
+            f"{path}: damaged: {type(e).__name__}: {reason(e):.200}"
+        ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.blocks import Blocks
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.reader import Saved
 from shardkit.checkpoint.views import Box, View, box_shape, iter_boxes
 from shardkit.command.differences import Difference
@@ -51,12 +52,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     rows += [_alone(path, "b", b) for path in b.views if path not in a.views]
     both = [path for path in a.views if path in b.views]
     todo: list[tuple[str, list[Box]]] = []
+    num_unread = 0
     for path in both:
         described = [_describe(saved, path) for saved in (a, b)]
         if described[0] != described[1]:
             rows.append(_row(path, "array", *described))
         elif boxes := list(_boxes(a, b, path, arguments.full)):
             todo.append((path, boxes))
+        else:
+            num_unread += bool(math.prod(a.views[path].shape))
     total = sum(
         math.prod(box_shape(box)) * a.views[path].dtype.itemsize
         for path, boxes in todo
@@ -80,6 +84,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         "same": not rows,
         "num_leaves": len(a.views.keys() | b.views.keys()),
         "bytes_compared": total,
+        # Of these just the digests are known to be the same, which were recorded.
+        "leaves_unread": num_unread,
         "leaves": rows,
     }
     if output.as_json:
@@ -139,8 +145,16 @@ def _show(report: dict[str, Any], output: Output) -> None:
         step = report[side]["step"]
         text = "" if step is None else f"  step {step}"
         output.line(f"{side.upper()}  {report[side]['directory']}{text}")
+    unread, total = report["leaves_unread"], report["num_leaves"]
     if report["same"]:
-        output.line(f"the same: {report['num_leaves']} leaves", style="green")
+        text = f"the same: {counted(total, 'leaf')}"
+        if unread:
+            what = "nothing was read" if unread == total else f"{unread} were not read"
+            text = (
+                f"the same by their recorded digests: {counted(total, 'leaf')}; {what} "
+                "(--full reads)"
+            )
+        output.line(text, style="green")
         return
     output.line()
     rows = []
@@ -158,7 +172,11 @@ def _show(report: dict[str, Any], output: Output) -> None:
     header = ["leaf", "array", "differs", "elements", "max abs", "max ulp"]
     output.table(header, rows, right=[3, 4, 5], is_tree=True)
     output.line()
-    output.line(f"{len(rows)} of {report['num_leaves']} leaves differ")
+    verb = "differs" if len(rows) == 1 else "differ"
+    output.line(f"{len(rows)} of {counted(total, 'leaf')} {verb}")
+    if unread:
+        others = counted(unread, "leaf", "has", "have")
+        output.line(f"{others} the same recorded digests, and nothing of them was read")
 
 
 def _format_ulp(ulp: int) -> str:

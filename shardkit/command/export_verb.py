@@ -12,6 +12,7 @@ from typing import Any
 from shardkit.checkpoint.families import infer_decoder, infer_layout
 from shardkit.checkpoint.huggingface import export_huggingface
 from shardkit.checkpoint.manifest import Manifest
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.maxtext import MaxTextLayout, to_maxtext
 from shardkit.checkpoint.orbax_trees import to_linen, to_nnx
 from shardkit.checkpoint.reader import Saved
@@ -101,8 +102,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.document(report)
     else:
         output.line(
-            f"{arguments.out}: {len(tree)} leaves, {format_bytes(total)}, as "
-            f"{arguments.to}, from {saved.directory}"
+            f"{arguments.out}: {counted(len(tree), 'leaf')}, {format_bytes(total)}, "
+            f"as {arguments.to}, from {saved.directory}"
         )
     return 0
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shardkit.checkpoint.manifest import Manifest
+from shardkit.checkpoint.mapping import counted
 from shardkit.report.terminal import format_bytes, format_mesh
 
 __all__ = ["format_facts"]
@@ -26,7 +27,7 @@ def format_facts(
     """
     steps = ", ".join(map(str, report["steps"]))
     others = f" (there are {steps})" if len(report["steps"]) > 1 else ""
-    total = f"{report['num_leaves']} leaves, {format_bytes(report['bytes'])}"
+    total = f"{counted(report['num_leaves'], 'leaf')}, {format_bytes(report['bytes'])}"
     if manifest is None:
         return {"format": f"{report['format']}, without checksums", "state": total}
     versions = manifest.fingerprint

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from shardkit.checkpoint.families import Layout
 from shardkit.checkpoint.huggingface import import_huggingface
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.maxtext import from_maxtext, infer_maxtext
 from shardkit.checkpoint.orbax_trees import from_linen, from_nnx
 from shardkit.checkpoint.safetensors_files import open_safetensors
 from shardkit.checkpoint.views import View
+from shardkit.command.looks import check_format
 from shardkit.command.options import (
     add_compress,
     add_limit,
@@ -78,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Imports one tree."""
     check_step(arguments.out, arguments.as_step)
+    check_format(arguments.path, arguments.step, arguments.source)
     tree = _FORMATS[arguments.source](arguments, output)
     where = write_step(
         arguments.out,
@@ -99,9 +102,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if output.as_json:
         output.document(report)
     else:
-        output.line(
-            f"{where}: {len(tree)} leaves, {format_bytes(total)}, from {arguments.path}"
-        )
+        made = f"{counted(len(tree), 'leaf')}, {format_bytes(total)}"
+        output.line(f"{where}: {made}, from {arguments.path}")
     return 0
 
 
@@ -137,7 +139,8 @@ def _maxtext(arguments: argparse.Namespace, output: Output) -> Tree:
     )
     params = {path: view for path, view in tree.items() if path.startswith(_BODY)}
     if others := len(tree) - len(params):
-        output.note(f"{arguments.path}: {others} leaves are no params, and stay behind")
+        left = counted(others, "leaf", "is", "are")
+        output.note(f"{arguments.path}: {left} no params, and left behind")
     layout = Layout(scan_layers=arguments.scan_layers)
     return from_maxtext(decoder, theirs, layout).apply(params)
 

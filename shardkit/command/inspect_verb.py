@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint.manifest import LeafRecord
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.reader import Saved
 from shardkit.command.facts import format_facts
-from shardkit.command.mesh_pieces import Piece, cut_all, recorded_rules
+from shardkit.command.mesh_pieces import (
+    Piece,
+    check_rules,
+    cut_all,
+    recorded_rules,
+)
 from shardkit.command.options import add_step, counts, pairs, recorded_config
 from shardkit.command.output import Output
 from shardkit.command.sources import all_steps, kind_of, open_source
+from shardkit.errors import ConfigError
 from shardkit.report.terminal import format_bytes, format_mesh
 
 __all__ = ["HELP", "add_arguments", "run"]
@@ -42,8 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Shows one checkpoint."""
+    if arguments.axis_rules and not arguments.mesh:
+        raise ConfigError("command line: --axis-rules goes with --mesh AXIS=N,…")
     saved = open_source(arguments.path, arguments.step)
     leaves = _leaves(saved)
+    check_rules(arguments.axis_rules or {}, leaves.values())
     pieces = None
     if arguments.mesh:
         pieces = cut_all(leaves, _rules(saved, arguments), arguments.mesh)
@@ -162,8 +172,8 @@ def _show(
         output.line(f"By the axis rules {rules}{model}.")
     if found["unknown_leaves"]:
         output.line(
-            f"Of {found['unknown_leaves']} leaves the axes or the rules are not "
-            "recorded. Rules can be given: --axis-rules NAME=AXIS,…"
+            f"Of {counted(found['unknown_leaves'], 'leaf')} the axes or the rules are "
+            "not recorded. Rules can be given: --axis-rules NAME=AXIS,…"
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.merge import (
     average,
     decay_weights,
@@ -149,7 +150,8 @@ def _open(arguments: argparse.Namespace) -> list[Saved]:
     if arguments.last:
         if arguments.last > len(chosen):
             raise ConfigError(
-                f"--last {arguments.last}: {paths[0]} has {len(chosen)} steps"
+                f"--last {arguments.last}: {paths[0]} has "
+                + counted(len(chosen), "step")
             )
         chosen = chosen[-arguments.last :]
     return [open_source(there[step]) for step in chosen] or [open_source(paths[0])]
@@ -168,8 +170,13 @@ def _weights(found: Sequence[Saved], arguments: argparse.Namespace) -> list[floa
     if arguments.how == "decay":
         return decay_weights(arguments.shape, len(found))
     if arguments.how == "metric":
+        metrics = _metrics(found, arguments.metric)
+        if (arguments.temperature is None) == (arguments.power is None):
+            raise ConfigError(
+                "command line: --how metric needs either --temperature T or --power P"
+            )
         return metric_weights(
-            _metrics(found, arguments.metric),
+            metrics,
             temperature=arguments.temperature,
             power=arguments.power,
             better=arguments.better,

@@ -7,12 +7,14 @@ Invariant: what the records do not decide is unknown, and never guessed.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shardkit.checkpoint.manifest import LeafRecord
+from shardkit.command.options import MESH_AXES
+from shardkit.errors import ConfigError
 
-__all__ = ["Piece", "cut_all", "cut_dim", "piece_of", "recorded_rules"]
+__all__ = ["Piece", "check_rules", "cut_all", "cut_dim", "piece_of", "recorded_rules"]
 
 _AXIS = "fsdp"
 
@@ -81,6 +83,36 @@ def cut_all(
         dim = cut_dim(leaf, rules) if count > 1 else -1
         found[path] = None if dim is None else piece_of(leaf, dim, count)
     return found
+
+
+def check_rules(rules: Mapping[str, str], leaves: Iterable[LeafRecord]) -> None:
+    """Refuses rules of axes that there are not.
+
+    Args:
+        rules: Logical axis → mesh axis, as they were given.
+        leaves: Of which the logical axes are recorded.
+
+    Raises:
+        ConfigError: Naming all, and the axes there are.
+
+    >>> check_rules({"mpl": "fsdp"}, [LeafRecord((5,), "float32", axes=("mlp",))])
+    Traceback (most recent call last):
+    ...
+    shardkit.errors.ConfigError: --axis-rules: no leaf has an axis 'mpl'; there is mlp
+    """
+    names = {name for leaf in leaves for name in leaf.axes or () if name}
+    names = {name for name in names if not name.startswith("mesh:")}
+    bad = []
+    if unknown := sorted(rules.keys() - names):
+        what = " or ".join(map(repr, unknown))
+        verb = "is" if len(names) == 1 else "are"
+        there = ", ".join(sorted(names)) or "none, since no logical axes are recorded"
+        bad.append(f"no leaf has an axis {what}; there {verb} {there}")
+    if unknown := sorted({*rules.values()} - {*MESH_AXES}):
+        what = " or ".join(map(repr, unknown))
+        bad.append(f"no mesh has an axis {what}; there are {', '.join(MESH_AXES)}")
+    if bad:
+        raise ConfigError("--axis-rules: " + "; ".join(bad))
 
 
 def recorded_rules(config: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint.manifest import Manifest
-from shardkit.errors import ConfigError
+from shardkit.errors import ConfigError, reason
 
 __all__ = [
     "MESH_AXES",
@@ -149,7 +149,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error!s:.200}") from None
+        raise ConfigError(
+            f"{path}: cannot be read as JSON: {reason(error):.200}"
+        ) from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a JSON object")
     return found

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
-from shardkit.checkpoint.mapping import Mapped, MappingTable
-from shardkit.checkpoint.remap import Remap
+from shardkit.checkpoint.mapping import Mapped, MappingTable, counted
+from shardkit.checkpoint.remap import load_rules
 from shardkit.command.options import add_compress, add_limit, add_step
 from shardkit.command.output import Output
 from shardkit.command.sources import check_source, open_source
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     out: Path = arguments.out or Path()
     if arguments.out is None and not arguments.dry_run:
         raise ConfigError("command line: OUT is missing; or say --dry-run")
-    remap = Remap.from_toml(_read(arguments.rules), str(arguments.rules))
+    remap = load_rules(arguments.rules)
     saved = open_source(arguments.path, arguments.step)
     wanted = open_source(arguments.like).views if arguments.like else None
     table = remap.plan(saved.views, wanted)
@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.dry_run:
         _show_plan(table, report, output)
         if not table.is_complete:
-            raise RestoreError(f"{len(table.wrong())} paths are unaccounted for")
+            raise RestoreError(
+                f"{counted(len(table.wrong()), 'path', 'is', 'are')} unaccounted for"
+            )
         return 0
     views = remap.apply(saved.views, wanted)
     check_step(out, saved.manifest.step if saved.manifest else 0)
@@ -83,7 +85,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         output.document(report)
     else:
         total = format_bytes(sum(view.nbytes for view in views.values()))
-        output.line(f"{where}: {len(views)} leaves, {total}, from {saved.directory}")
+        output.line(
+            f"{where}: {counted(len(views), 'leaf')}, {total}, from {saved.directory}"
+        )
     return 0
 
 
@@ -98,13 +102,6 @@ def kept_records(
         for row in rows
         if len(row.sources) == 1 and not row.ops and row.sources[0] in manifest.leaves
     }
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--rules {path}: cannot be read: {error!s:.200}") from None
 
 
 def _report(table: MappingTable) -> dict[str, Any]:

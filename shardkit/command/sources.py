@@ -12,9 +12,19 @@ from shardkit.checkpoint.stored import METADATA_NAME
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError, DamagedError
 
-__all__ = ["all_steps", "check_source", "kind_of", "num_stored_bytes", "open_source"]
+__all__ = [
+    "INDEX_NAMES",
+    "all_steps",
+    "check_source",
+    "is_safetensors",
+    "kind_of",
+    "lacks_checksums",
+    "num_stored_bytes",
+    "open_source",
+    "other_steps",
+]
 
-_INDEX = ("model.safetensors", "model.safetensors.index.json")
+INDEX_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def open_source(path: Path, step: int | None = None) -> Saved:
@@ -28,16 +38,28 @@ def open_source(path: Path, step: int | None = None) -> Saved:
         RestoreError: If there is none, or what it says of itself is damaged.
         ConfigError: If it is one step, and not the one that is asked for.
     """
-    is_file = path.suffix in (".safetensors", ".json") and path.is_file()
-    if is_file or any((path / name).is_file() for name in _INDEX):
+    if is_safetensors(path):
         if step is not None:
             raise ConfigError(f"--step {step}: {path} has no steps")
         return Saved(path, None, open_safetensors(path))
-    saved = open_checkpoint(path, step)
+    try:
+        saved = open_checkpoint(path, step)
+    except DamagedError as error:
+        if more := _beside(path, step):
+            raise DamagedError(f"{error}\n{more}") from None
+        raise
     found = saved.manifest.step if saved.manifest else step
     if step not in (None, found):
         raise ConfigError(f"--step {step}: {path} is of step {found}")
     return saved
+
+
+def _beside(path: Path, step: int | None) -> str:
+    steps = [n for n, _ in all_steps(path) if n is not None]
+    if not steps:
+        return ""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return other_steps(root.absolute() / str(steps[-1] if step is None else step))
 
 
 def all_steps(path: Path) -> list[tuple[int | None, Path]]:
@@ -54,12 +76,18 @@ def all_steps(path: Path) -> list[tuple[int | None, Path]]:
     return [(step, root / str(step)) for step in steps] or [(None, path)]
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether it is a file of safetensors, an index of some or a directory with one."""
+    is_file = path.suffix in (".safetensors", ".json") and path.is_file()
+    return is_file or any((path / name).is_file() for name in INDEX_NAMES)
+
+
 def kind_of(saved: Saved) -> str:
     """Says who wrote it: `shardkit`, `orbax` or `safetensors`."""
     if saved.manifest is not None:
         return "shardkit"
     is_file = saved.directory.is_file()
-    has_file = any((saved.directory / name).is_file() for name in _INDEX)
+    has_file = any((saved.directory / name).is_file() for name in INDEX_NAMES)
     return "safetensors" if is_file or has_file else "orbax"
 
 
@@ -75,10 +103,35 @@ def check_source(saved: Saved, output: Output) -> None:
         DamagedError: Naming the files that are not what was written.
     """
     if saved.manifest is None:
-        output.note(f"{saved.directory}: has no checksums, and is taken as it is")
+        output.note(f"{saved.directory}: {lacks_checksums(saved)}; taken as it is")
         return
     total = num_stored_bytes(saved.directory)
     with output.progress("checking", total) as tell:
         bad = saved.check_files(progress=tell)
     if bad:
-        raise DamagedError(f"{saved.directory}: damaged:\n  " + "\n  ".join(bad[:20]))
+        told = [f"{saved.directory}: damaged:", *(f"  {text}" for text in bad[:20])]
+        told += filter(None, [other_steps(saved.directory)])
+        raise DamagedError("\n".join(told))
+
+
+def lacks_checksums(saved: Saved) -> str:
+    """Says why something cannot be verified."""
+    kind = {"orbax": "a plain tree of Orbax", "safetensors": "safetensors"}
+    return f"is {kind[kind_of(saved)]}, which has no checksums"
+
+
+def other_steps(item: Path) -> str:
+    """Says which steps there are beside a damaged one; empty if there are none.
+
+    Args:
+        item: The directory of its arrays, or of the step.
+    """
+    step = item if item.name.isdecimal() else item.parent
+    if not step.name.isdecimal():
+        return ""
+    others = [str(n) for n in saved_steps(step.parent) if str(n) != step.name]
+    if not others:
+        return ""
+    word = "step" if len(others) == 1 else "steps"
+    verb = "is" if len(others) == 1 else "are"
+    return f"{word} {', '.join(others)} {verb} there; verify --all checks every step"

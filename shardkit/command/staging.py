@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from shardkit.checkpoint.inputs import check_place, is_run
 from shardkit.checkpoint.manifest import LeafRecord, Manifest
 from shardkit.checkpoint.reader import saved_steps
 from shardkit.checkpoint.views import Box, View
 from shardkit.command.output import Output
-from shardkit.errors import ConfigError, RestoreError, ShardkitError
+from shardkit.errors import ConfigError, RestoreError, ShardkitError, reason
 
 __all__ = ["check_new", "check_step", "staged", "told", "write_step"]
 
@@ -69,7 +70,12 @@ def check_step(out: Path, step: int) -> None:
     Raises:
         ConfigError: If it holds something else than checkpoints, or this step.
     """
-    if not (out.exists() or out.is_symlink()):
+    check_place(out.absolute())
+    if is_run(out.absolute()):
+        raise ConfigError(
+            f"{out}: is of a run, which saves there itself; name another directory"
+        )
+    if not out.exists():
         return
     steps = saved_steps(out)
     if not out.is_dir() or (any(out.iterdir()) and not steps):
@@ -108,7 +114,7 @@ def staged(out: Path) -> Iterator[Path]:
     except ShardkitError:
         raise
     except (OSError, ValueError) as error:
-        raise RestoreError(f"{out}: cannot be written: {error!s:.500}") from error
+        raise RestoreError(f"{out}: cannot be written: {reason(error):.500}") from error
     finally:
         _remove(staging)
         for path in missing:

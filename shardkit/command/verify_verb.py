@@ -8,10 +8,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from shardkit.checkpoint.mapping import counted
 from shardkit.checkpoint.reader import Saved
 from shardkit.command.options import add_step
 from shardkit.command.output import Output
-from shardkit.command.sources import all_steps, num_stored_bytes, open_source
+from shardkit.command.sources import (
+    all_steps,
+    lacks_checksums,
+    num_stored_bytes,
+    open_source,
+    other_steps,
+)
 from shardkit.errors import ConfigError, DamagedError, RestoreError
 from shardkit.report.terminal import format_bytes
 
@@ -57,17 +64,19 @@ def _verify(
     try:
         saved = open_source(path, arguments.step)
     except DamagedError as error:
+        first, _, more = str(error).partition("\n")
         entry = {
             "directory": str(path),
             "step": None,
             "bytes": 0,
-            "files": [str(error)],
+            "files": [first],
         }
-        return _told({**entry, "num_blocks": None, "blocks": []}, output)
+        more = "" if arguments.all else more
+        return _told({**entry, "num_blocks": None, "blocks": []}, output, more)
     if saved.manifest is None:
         raise RestoreError(
-            f"{saved.directory}: has no checksums; only what shardkit has saved can be "
-            "verified"
+            f"{saved.directory}: {lacks_checksums(saved)}; only what shardkit has "
+            "saved can be verified"
         )
     total = num_stored_bytes(saved.directory)
     with output.progress(f"files of step {saved.manifest.step}", total) as tell:
@@ -82,7 +91,8 @@ def _verify(
     }
     if arguments.blocks:
         entry |= _check_blocks(saved, output)
-    return _told(entry, output)
+    is_one = arguments.all or arguments.step is not None
+    return _told(entry, output, "" if is_one else other_steps(saved.directory))
 
 
 def _check_blocks(saved: Saved, output: Output) -> dict[str, Any]:
@@ -100,14 +110,20 @@ def _check_blocks(saved: Saved, output: Output) -> dict[str, Any]:
     return {"num_blocks": num_blocks, "blocks": blocks}
 
 
-def _told(entry: dict[str, Any], output: Output) -> dict[str, Any]:
-    """Shows what was found of a step, and says whether it is whole."""
+def _told(entry: dict[str, Any], output: Output, more: str) -> dict[str, Any]:
+    """Shows what was found of a step, and says whether it is whole.
+
+    Args:
+        entry: What was found.
+        output: Where to.
+        more: What to add if it is damaged.
+    """
     entry["whole"] = not (entry["files"] or entry["blocks"])
     if output.as_json:
         return entry
     read = format_bytes(entry["bytes"])
     if entry["num_blocks"] is not None:
-        read += f", {entry['num_blocks']} blocks"
+        read += f", {counted(entry['num_blocks'], 'block')}"
     if entry["whole"]:
         output.line(f"{entry['directory']}: whole ({read} read)", style="green")
         return entry
@@ -126,8 +142,16 @@ def _told(entry: dict[str, Any], output: Output) -> dict[str, Any]:
     if rows:
         output.table(["  leaf", "block", "of the elements"], rows, right=[1])
     for name in ("files", "blocks"):
-        if (more := len(entry[name]) - _MOST_SHOWN) > 0:
-            output.line(f"  and {more} more {name}; --json has them all")
+        if (num := len(entry[name]) - _MOST_SHOWN) > 0:
+            output.line(f"  and {num} more {name}; --json has them all")
+    if entry["files"] and entry["num_blocks"] and not entry["blocks"]:
+        num = counted(entry["num_blocks"], "block")
+        output.line(
+            f"  but every array is what was saved ({num} read): it can be restored, "
+            "and not remapped"
+        )
+    if more:
+        output.line(more)
     return entry
 
 
