@@ -1,0 +1,321 @@
+"""Snapshots of a run: taken beside its steps, and gone back to.
+
+Owns the thread that copies states, and the order of things: at most one snapshot is on
+its way, and the next one waits for it. Invariant: a state is not used up before it is
+copied on its devices, which is all that a step waits for; a snapshot that fails costs
+the run nothing but that snapshot, which is told. When to take one, and what to do with
+it, is the controller's business.
+
+Memory: on each device `Staging.num_bytes` while a snapshot is on its way; in host
+memory the images of two steps and, where devices have memory of their own, two copies
+of one device's. `Snapshots.predict` tells how much that is.
+"""
+
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+
+from shardkit.errors import (
+    ConfigError,
+    DamagedError,
+    LostStateError,
+    SaveError,
+    TornError,
+)
+from shardkit.events import EventLog
+from shardkit.snapshot.config import SnapshotConfig
+from shardkit.snapshot.image import ImageWriter
+from shardkit.snapshot.kept import image_layout
+from shardkit.snapshot.layout import ImageLayout
+from shardkit.snapshot.restore import restore
+from shardkit.snapshot.store import HostMemory, Store
+from shardkit.staging import Staging
+
+__all__ = ["Snapshots", "open_snapshots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What this process keeps of the states on one mesh."""
+
+    staging: Staging
+    image: ImageLayout
+
+    @property
+    def kept(self) -> list[tuple[int, int]]:
+        return [(piece.leaf, piece.device) for piece in self.image.pieces]
+
+
+@dataclasses.dataclass
+class _Job:
+    """One snapshot on its way.
+
+    Attributes:
+        step: The step that the state stands before.
+        staging: How it is copied.
+        copy: The program that does.
+        state: Until it is copied.
+        is_staged: Set when it is, or cannot be.
+        computed_s: When the state was seen to be computed; only where that is waited
+            for.
+        held_s: When the next step began to wait for the copy.
+        stall_s: How long it did, from when it had nothing else to wait for.
+    """
+
+    step: int
+    staging: Staging
+    copy: Any
+    state: Any
+    is_staged: threading.Event = dataclasses.field(default_factory=threading.Event)
+    computed_s: float = math.inf
+    held_s: float = math.inf
+    stall_s: float = 0.0
+
+    def stage(self) -> list[Array]:
+        """Copies the state on its devices; a step that waits may then go on."""
+        try:
+            self.wait_for_state()
+            return self.copy(self.state)
+        finally:
+            self.state = None
+            self.note_stall()
+            self.is_staged.set()
+
+    def wait_for_state(self) -> None:
+        """Waits until the state is computed, where that has to be waited for.
+
+        Where host memory is that of the devices, nothing is queued behind the
+        collectives of a step: the next one would wait for them too, with or without
+        a snapshot.
+        """
+        state = self.state
+        if state is not None and self.staging.is_on_host:
+            jax.block_until_ready(state)
+            self.computed_s = min(self.computed_s, time.monotonic())
+
+    def note_stall(self) -> None:
+        """Notes that the next step has been held up until now, if it has."""
+        waits = self.staging.is_on_host
+        since_s = max(self.held_s, self.computed_s) if waits else self.held_s
+        self.stall_s = max(time.monotonic() - since_s, 0.0)
+
+
+class Snapshots:
+    """The snapshots of a run.
+
+    Args:
+        every: Steps between two of them; 0 for none.
+        store: Where they are kept.
+        events: Where each is told, as `"snapshot"`.
+    """
+
+    def __init__(self, every: int, store: Store, events: EventLog) -> None:
+        self.every = every
+        self._store, self._events = store, events
+        self._thread = ThreadPoolExecutor(1, initializer=_name_thread)
+        self._jobs: list[tuple[_Job, Future[None]]] = []
+        self._plans: dict[Staging, _Plan] = {}
+        self._kept: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state before a step is to be taken."""
+        return self.every > 0 and step % self.every == 0
+
+    def take(self, step: int, staging: Staging, copy: Any, state: Any) -> None:
+        """Starts a snapshot of a state; `hold` must come before that is used up.
+
+        Args:
+            step: The step that the state stands before.
+            staging: How it is copied.
+            copy: The program that does, compiled: state → copies.
+            state: Where it is; it may still be computed.
+        """
+        job = _Job(step, staging, copy, state)
+        self._jobs.append((job, self._thread.submit(self._keep, job)))
+
+    def hold(self) -> None:
+        """Waits until the state that was taken last may be used up."""
+        if not self._jobs:
+            return
+        job = self._jobs[-1][0]
+        if not job.is_staged.is_set():
+            job.held_s = time.monotonic()
+            # If the state cannot be had, that is told by whoever uses it.
+            with contextlib.suppress(RuntimeError):
+                job.wait_for_state()
+            job.is_staged.wait()
+            # To wake up takes a moment more, which is usually told in time.
+            job.note_stall()
+        # One thread: those before it have come to their end.
+        self._finish(len(self._jobs) - 1)
+
+    def _keep(self, job: _Job) -> None:
+        """Brings a state to the store; runs in the thread."""
+        since_s = time.monotonic()
+        staged = job.stage()
+        try:
+            jax.block_until_ready(staged)
+            start_s = time.monotonic()
+            plan = self._plan(job.staging)
+            slot = self._store.reserve(plan.image.num_bytes)
+            self._write(slot.memory, job.step, plan, staged)
+        finally:
+            for array in staged:
+                array.delete()
+        self._store.commit(slot, job.step)
+        self._kept = job.step
+        self._events.emit(
+            "snapshot",
+            since_s=since_s,
+            step=job.step,
+            bytes=plan.image.num_bytes,
+            stall_s=job.stall_s,
+            copy_s=time.monotonic() - start_s,
+        )
+
+    def _write(
+        self, memory: memoryview, step: int, plan: _Plan, staged: list[Array]
+    ) -> None:
+        generation = self._store.generation
+        writer = ImageWriter(memory, plan.image, step=step, generation=generation)
+        self._events.begin("snapshot", step=step)
+        for index, words in plan.staging.read(staged, plan.kept):
+            target = writer.view(index)
+            target.view(words.dtype)[...] = words
+            writer.put_done(index)
+        writer.commit({})
+
+    def _plan(self, staging: Staging) -> _Plan:
+        if staging not in self._plans:
+            self._plans[staging] = _Plan(staging, image_layout(staging, self._store))
+        return self._plans[staging]
+
+    def ensure(self, step: int, staging: Staging, copy: Any, state: Any) -> None:
+        """Sees that a state is in a snapshot, whether one is due or not.
+
+        Args:
+            step: As in `take`, like all that follow.
+            staging: How it is copied.
+            copy: What does.
+            state: Where it is.
+
+        Raises:
+            SaveError: If it could not be taken.
+        """
+        self.wait()
+        if self._kept != step:
+            self.take(step, staging, copy, state)
+            self.wait()
+        if self._kept != step:
+            raise SaveError(f"the state before step {step} is in no snapshot")
+
+    def wait(self) -> None:
+        """Waits for the snapshots that are on their way; what failed is told."""
+        self._finish(len(self._jobs))
+
+    def _finish(self, num_jobs: int) -> None:
+        for _ in range(num_jobs):
+            job, future = self._jobs.pop(0)
+            try:
+                future.result()
+            except Exception as error:
+                self._fail(job.step, error)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        newest = self._store.steps()[-1:] or ["none"]
+        self._events.emit(
+            "notice",
+            message=f"no snapshot of step {step}, the newest is of step {newest[0]}: "
+            f"{type(error).__name__}: {error}",
+        )
+
+    @property
+    def newest_step(self) -> int | None:
+        """The newest step that can be gone back to."""
+        return next(reversed(self._store.steps()), None)
+
+    def has(self, step: int) -> bool:
+        """Whether there is a snapshot of a step."""
+        return step in self._store.steps()
+
+    def load(self, layout: Any, mesh: Mesh, step: int | None = None) -> tuple[int, Any]:
+        """Makes a state of a snapshot, the newest that is whole by default.
+
+        Args:
+            layout: A tree of `LeafLayout`.
+            mesh: Where the state goes.
+            step: Of which step.
+
+        Returns:
+            The step, and the state.
+
+        Raises:
+            LostStateError: If there is none.
+            TornError, DamagedError: If the one of a certain step is not whole; or the
+                newest, over several processes, which must agree on another.
+        """
+        here = self._store.host(jax.process_index())
+        is_certain = step is not None or jax.process_count() > 1
+        for tried in [step] if step is not None else self._store.steps()[::-1]:
+            try:
+                images = self._store.images(tried)
+                return tried, restore(images, layout, mesh, host=here)
+            except (TornError, DamagedError, LostStateError) as error:
+                if is_certain:
+                    raise
+                self._store.forget(tried)
+                message = f"the snapshot of step {tried} is passed over: {error}"
+                self._events.emit("notice", message=message)
+        raise LostStateError(
+            "expected a snapshot to go on from, found none that is whole. Go on from a "
+            "checkpoint."
+        )
+
+    def forget(self) -> None:
+        """Drops all snapshots, since the run goes on from elsewhere."""
+        self.wait()
+        self._store.forget()
+
+    def close(self) -> None:
+        """Waits for what is on its way, and ends the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def predict(self, staging: Staging) -> dict[str, int]:
+        """What snapshots of states on a mesh take, before any is taken.
+
+        Returns:
+            `"device_bytes"`: more on every device, while one is on its way.
+            `"image_bytes"`: in host memory for each of two steps.
+        """
+        image = self._plan(staging).image
+        return {"device_bytes": staging.num_bytes, "image_bytes": image.num_bytes}
+
+
+def _name_thread() -> None:
+    # By its name a trace tells what works in the background.
+    threading.current_thread().name = "shardkit-snapshot"
+
+
+def open_snapshots(config: SnapshotConfig | None, events: EventLog) -> Snapshots:
+    """Opens the snapshots of a run, of which there may never be any.
+
+    Raises:
+        ConfigError: If several processes are to keep theirs in their own memory.
+    """
+    if config is None:
+        return Snapshots(0, HostMemory(), events)
+    if config.store is None and jax.process_count() > 1:
+        raise ConfigError(
+            "Trainer: snapshots of several processes need a store that outlives each "
+            "of them; start the run by `shardkit launch`, or give snapshot=None"
+        )
+    return Snapshots(config.every, config.store or HostMemory(), events)

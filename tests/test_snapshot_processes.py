@@ -1,0 +1,39 @@
+"""Snapshots that several processes take together."""
+
+import json
+
+import pytest
+from problems import PROBLEMS
+from test_multiprocess import finish, free_port, start
+
+import shardkit as sk
+from shardkit.digest import combine_digests
+from shardkit.snapshot.image import read_image
+from shardkit.snapshot.restore import restore
+from shardkit.testing import run_digest
+
+pytestmark = pytest.mark.multiprocess
+
+
+def test_two_processes_go_on_from_their_snapshots(tmp_path):
+    port = free_port()
+    first, _ = finish(*[start("snapshotted", port, i, 2, tmp_path) for i in range(2)])
+    found = json.loads(first)
+    trainer = sk.Trainer(**PROBLEMS["linear-clip-adam-ema"]())
+    run_digest(trainer, 3)
+    before = trainer.state_digest()
+    digest = run_digest(trainer, 4)["state"]
+    rewinds = [{"step": step, "repeats": 0, "source": "snapshot"} for step in (2, 3)]
+    assert found == {
+        "seen": [0, 1, 2, 3],
+        "state": digest,
+        "certified": [True, True],
+        "rewinds": rewinds,
+    }
+    # What two processes have kept, one makes a state of, on any mesh.
+    images = [read_image(path.read_bytes()) for path in tmp_path.glob("3-*.image")]
+    assert {image.layout.process for image in images} == {0, 1}
+    on_five = trainer._controller.placements.on(5)
+    state = restore(images, on_five.layout, on_five.mesh)
+    assert combine_digests(on_five.digest(state), on_five.layout) == before
+    trainer.close()

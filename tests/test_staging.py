@@ -1,0 +1,93 @@
+"""Copies of a state on its devices."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from snapshotted import DTYPES, mesh_of, random_state, staging_program
+
+from shardkit import staging as staging_module
+
+
+@st.composite
+def shapes(draw):
+    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
+    dim = draw(st.integers(-1, len(shape) - 1))
+    return shape, draw(st.sampled_from(DTYPES)), dim
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    leaves=st.lists(shapes(), min_size=1, max_size=8),
+    mesh=st.sampled_from([(8, 1), (8, 2), (6, 3), (5, 1), (3, 1), (1, 1)]),
+    seed=st.integers(0, 99),
+)
+def test_every_piece_is_what_its_device_holds(leaves, mesh, seed):
+    state, mesh = random_state(leaves, seed), mesh_of(*mesh)
+    staging, copy = staging_program(state.layout, mesh)
+    ids = [device.id for device in mesh.devices.flat]
+    kept = [(leaf, id) for leaf in range(len(leaves)) for id in ids]
+    found = dict(staging.read(copy(state.on(mesh)), kept))
+    assert found.keys() == set(range(len(kept)))
+    for index, (leaf, id) in enumerate(kept):
+        path = staging.leaves[leaf].path
+        whole, layout = state.words[path], staging.layouts[path]
+        wanted = whole[tuple(slice(*ends) for ends in layout.box(id))]
+        assert found[index].shape == wanted.shape
+        piece = found[index].view(wanted.dtype)
+        if wanted.dtype.name in ("int4", "float4_e2m1fn"):
+            piece, wanted = piece.astype(np.float32), wanted.astype(np.float32)
+        assert piece.tobytes() == wanted.tobytes()
+
+
+LEAVES = [((5, 3), "float32", 0), ((7,), "bfloat16", 0), ((), "int32", -1)]
+
+
+def test_the_memory_that_it_takes_is_known_before():
+    state, mesh = random_state(LEAVES), mesh_of(4)
+    staging, copy = staging_program(state.layout, mesh)
+    held = [0] * 4
+    for array in copy(state.on(mesh)):
+        for i, shard in enumerate(array.addressable_shards):
+            held[i] += shard.data.nbytes
+    assert held == [staging.num_bytes] * 4
+
+
+def test_what_is_copied_outlives_the_state():
+    state, mesh = random_state(LEAVES), mesh_of(4)
+    staging, copy = staging_program(state.layout, mesh)
+    arrays = state.on(mesh)
+    staged = copy(arrays)
+    for array in arrays.values():
+        array.delete()
+    [(_, words)] = staging.read(staged, [(0, 1)])
+    assert words.tobytes() == state.words["leaf0"][2:4].tobytes()
+
+
+@pytest.mark.parametrize(("num_bytes", "num_copies"), [(1, 6), (16, 4)])
+def test_large_leaves_have_copies_of_their_own(monkeypatch, num_bytes, num_copies):
+    monkeypatch.setattr(staging_module, "_SMALL_BYTES", num_bytes)
+    state, mesh = random_state([*LEAVES, *LEAVES]), mesh_of(2)
+    staging, copy = staging_program(state.layout, mesh)
+    staged = copy(state.on(mesh))
+    # The rest share one for each size of their words.
+    assert len(staged) == num_copies
+    kept = [(leaf, 0) for leaf in range(6)]
+    for index, words in staging.read(staged, kept):
+        path = f"leaf{index}"
+        box = staging.layouts[path].box(0)
+        wanted = state.words[path][tuple(slice(*ends) for ends in box)]
+        assert words.tobytes() == wanted.tobytes()
+
+
+def test_a_program_takes_no_more_leaves_at_once_than_it_can(monkeypatch):
+    monkeypatch.setattr(staging_module, "_MAX_TOGETHER", 2)
+    state, mesh = random_state([((3,), "float32", 0)] * 5), mesh_of(2)
+    staging, copy = staging_program(state.layout, mesh)
+    staged = copy(state.on(mesh))
+    assert [x.shape for x in staged] == [(8,), (8,), (4,)]
+    assert all(isinstance(x, jax.Array) for x in staged)
+    found = dict(staging.read(staged, [(leaf, 1) for leaf in range(5)]))
+    for leaf, words in found.items():
+        assert words.tobytes() == state.words[f"leaf{leaf}"][2:].tobytes()
