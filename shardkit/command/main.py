@@ -16,16 +16,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from shardkit.command import (
+    chaos_verb,
     diff_verb,
     export_verb,
     import_verb,
     inspect_verb,
+    launch_verb,
     merge_verb,
     remap_verb,
+    status_verb,
     verify_verb,
 )
 from shardkit.command.output import Output, clean
-from shardkit.errors import ConfigError, ShardkitError
+from shardkit.errors import ConfigError, ShardkitError, reason
 
 __all__ = ["main", "run"]
 
@@ -38,6 +41,7 @@ _VERBS = {
     "export": export_verb,
     "import": import_verb,
 }
+_COMMANDS = {"launch": launch_verb, "status": status_verb, "chaos": chaos_verb}
 _BAD_INPUT = 2
 _EPILOG = """\
 PATH is the directory of a run, of its checkpoints or of one step, of shardkit's or
@@ -66,6 +70,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         with _listening(output, ended):
             arguments = _parser().parse_args(argv)
+            if arguments.command == "ckpt":
+                # Files are read and digests computed on the host; what a launch
+                # starts is to find its accelerators.
+                os.environ.setdefault("JAX_PLATFORMS", "cpu")
             return arguments.run(arguments, output)
     except KeyboardInterrupt:
         pass
@@ -84,8 +92,6 @@ def run() -> NoReturn:
     """Is the process: runs its command line and exits."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore
-    # Files are read and digests computed on the host, which needs no accelerator.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # What fails in a thread of Orbax's is logged there, and raised here once more.
     logging.basicConfig(
         level=os.environ.get("SHARDKIT_LOG_LEVEL", "CRITICAL").upper(),
@@ -119,18 +125,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs: Any = ckpt.add_subparsers(required=True, metavar="VERB", dest="verb")
     for name, module in _VERBS.items():
-        verb = verbs.add_parser(
-            name,
-            help=module.HELP,
-            description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
-            allow_abbrev=False,
-        )
-        module.add_arguments(verb)
-        verb.add_argument(
-            "--json", action="store_true", help="one JSON document, for machines"
-        )
-        verb.set_defaults(run=module.run)
+        _add(verbs, name, module)
+    for name, module in _COMMANDS.items():
+        _add(groups, name, module)
     return parser
+
+
+def _add(parsers: Any, name: str, module: Any) -> None:
+    verb = parsers.add_parser(
+        name,
+        help=module.HELP,
+        description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(verb)
+    verb.add_argument(
+        "--json", action="store_true", help="one JSON document, for machines"
+    )
+    verb.set_defaults(run=module.run)
 
 
 @contextlib.contextmanager
@@ -158,4 +172,6 @@ def _listening(output: Output, ended: list[int]) -> Iterator[None]:
 def _spell(error: Exception) -> str:
     if isinstance(error, ShardkitError):
         return f"{type(error).__name__}: {error}"
-    return f"{type(error).__name__}: {error!s:.500}"
+    where = getattr(error, "filename", None)
+    text = f"{where}: {reason(error)}" if where else reason(error)
+    return f"{type(error).__name__}: {text:.500}"

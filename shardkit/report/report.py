@@ -60,31 +60,27 @@ class Report:
         self._tensorboard: TensorBoard | None = None
         self._trace: TraceFile | None = None
         self._change: Event | None = None
+        self._is_waiting = False
 
-    def begin(self, first_step: int) -> None:
+    def begin(self, first_step: int, *, is_read: bool = True) -> None:
         """Opens the files, once it is sure that the run can start.
 
         Args:
             first_step: Where this process begins; what was written of that step and
                 later ones is cut.
+            is_read: Whether that is certain. Else it begins where an event says that
+                a state was restored.
         """
-        config = self.directory.config
         self.directory.prepare()
         self._metrics = MetricsFile(self.directory.metrics)
         self._metrics.truncate(first_step)
         name = self.directory.path.name
         self._trace = TraceFile(self.directory.trace, label=name)
-        self._trace.mark("begin", step=first_step)
         if self._extras:
             self._say_what_is_missing()
-            if importlib.util.find_spec("tensorboardX"):
-                self._tensorboard = TensorBoard(self.directory.tensorboard, first_step)
-        self.terminal.begin(
-            first_step,
-            config.train.steps,
-            label=self.label,
-            every=config.train.log_every,
-        )
+        self._is_waiting = not is_read
+        if is_read:
+            self._say_begin(first_step)
 
     def step(self, metrics: StepLike) -> None:
         """Reports a step."""
@@ -128,6 +124,11 @@ class Report:
             self._keep(first_step_record(step, start_s, end_s))
             if self._tensorboard:
                 self._tensorboard.first_step(step, event.duration_s)
+        elif event.name == "restored" and self._is_waiting:
+            self._is_waiting = False
+            assert self._metrics is not None, "begin comes first"
+            self._metrics.truncate(fields["step"])
+            self._say_begin(fields["step"])
         elif event.name == "rewind" and self._metrics is not None:
             self._metrics.truncate(fields["step"])
         elif event.name == "eval":
@@ -185,6 +186,16 @@ class Report:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _say_begin(self, first_step: int) -> None:
+        if self._trace is not None:
+            self._trace.mark("begin", step=first_step)
+        if self._extras and importlib.util.find_spec("tensorboardX"):
+            self._tensorboard = TensorBoard(self.directory.tensorboard, first_step)
+        train = self.directory.config.train
+        self.terminal.begin(
+            first_step, train.steps, label=self.label, every=train.log_every
+        )
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         if self._metrics is not None:

@@ -17,7 +17,7 @@ from shardkit.config import RunConfig, differences, load, to_toml
 from shardkit.errors import ConfigError
 from shardkit.report.jsonl import write_atomically
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "claim"]
 
 
 class RunDirectory:
@@ -54,7 +54,7 @@ class RunDirectory:
                 a run, or of a run with another config; lists every key that differs.
         """
         if out is None:
-            return cls(_claim(stem), config, resumes=False)
+            return cls(claim(stem), config, resumes=False)
         if out.exists() and not out.is_dir():
             raise ConfigError(f"--out {out}: expected a directory, found a file")
         _check_makeable(out)
@@ -152,7 +152,7 @@ class RunDirectory:
         write_atomically(self.path / "summary.json", text)
 
 
-def _claim(stem: str) -> Path:
+def claim(stem: str) -> Path:
     """Makes the first `runs/<stem>-<number>` that nobody else has made."""
     for number in itertools.count(1):
         path = Path("runs") / f"{stem}-{number:03d}"

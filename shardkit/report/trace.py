@@ -29,8 +29,8 @@ MAX_EVENTS = 100_000
 _END = b"\n]}\n"
 # Trace viewers take process 0 for the idle one.
 _PROCESS = 1
-# They say what follows, or what the notice's reader has seen already.
-_UNTRACED = ("notice", "reconfiguring")
+# They say what follows, or what their reader has seen already.
+_UNTRACED = ("notice", "reconfiguring", "restored")
 
 
 class TraceFile:

@@ -1,0 +1,181 @@
+"""The arithmetic, the files and the children of a cluster."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardkit.cluster import join
+from shardkit.cluster.deadlines import Deadlines
+from shardkit.cluster.processes import spell_status
+from shardkit.cluster.settings import Settings, read_private, write_private
+from shardkit.cluster.split import plan_hosts, split
+from shardkit.cluster.stragglers import share
+from shardkit.cluster.watchdog import Watchdog
+from shardkit.errors import ConfigError
+
+
+@given(st.integers(0, 200), st.integers(1, 40))
+def test_a_split_is_even_and_leaves_nothing(count, parts):
+    found = split(count, parts)
+    assert (sum(found), len(found)) == (count, parts)
+    assert max(found) - min(found) <= 1
+    assert found == sorted(found, reverse=True)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 30), st.data())
+def test_hosts_that_are_left_always_have_the_devices_they_get(
+    processes, hosts, devices, data
+):
+    if hosts > processes or devices < processes:
+        with pytest.raises(ConfigError):
+            plan_hosts(processes, hosts, devices)
+        return
+    plans = plan_hosts(processes, hosts, devices)
+    left = data.draw(st.lists(st.sampled_from(plans), min_size=1, unique=True))
+    left.sort(key=plans.index)
+    local = iter(
+        split(sum(p.num_devices for p in left), sum(p.num_processes for p in left))
+    )
+    for plan in left:
+        assert (
+            sum(next(local) for _ in range(plan.num_processes)) <= plan.num_devices + 1
+        )
+
+
+@given(st.integers(1, 60), st.lists(st.floats(0.1, 10), min_size=1, max_size=8))
+def test_shares_add_up_and_everybody_has_one(total, speeds):
+    total = max(total, len(speeds))
+    found = share(total, speeds)
+    assert sum(found) == total
+    assert min(found) >= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"silence_s": 100}, "silence_s = 100 must be below end_s = 8.0"),
+        ({"heartbeat_s": 2.0}, "at most a quarter of silence_s = 3.0"),
+        ({"form_s": 0}, "form_s = 0 must be a number above 0"),
+        ({"silense_s": 1}, "silense_s unknown; known: compile_s"),
+        ({"step_factor": 1}, "step_factor = 1 must be at least 2"),
+    ],
+)
+def test_deadlines_in_the_wrong_order_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Deadlines.read(values)
+
+
+def test_settings_survive_json():
+    settings = Settings(
+        run="ab",
+        token="t",
+        argv=("a", "b"),
+        directory="/d",
+        hosts=plan_hosts(2, 2, 5),
+        deadlines=Deadlines(form_s=50),
+    )
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+def test_private_files_are_private_and_whole(tmp_path):
+    path = tmp_path / "a.json"
+    write_private(path, {"token": "x"})
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_private(path) == {"token": "x"}
+    path.write_text("{")
+    assert read_private(path) is None
+    assert read_private(tmp_path / "b.json") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_who_waits_for_a_slow_save_is_not_frozen():
+    dog = Watchdog(Deadlines(), 2, 0.0)
+    for step in range(5):
+        for process in (0, 1):
+            dog.progress(process, step, "step", float(step))
+    dog.progress(0, 4, "save", 4.5)
+    assert dog.frozen(300.0) is None
+    dog.progress(0, 5, "step", 301.0)
+    dog.progress(1, 5, "step", 301.0)
+    assert dog.step_s == 1.0
+    assert dog.frozen(310.9) is None
+    assert dog.frozen(311.0) is not None
+
+
+def test_a_process_that_cannot_even_say_it_lives_is_named():
+    dog = Watchdog(Deadlines(), 3, 0.0)
+    for process in (0, 1, 2):
+        dog.progress(process, 7, "step", 0.0)
+        dog.heard(process, 0.0, 100.0)
+    dog.heard(1, 99.0, 100.0)
+    dog.progress(0, 7, "eval", 50.0)
+    found = dog.frozen(100.0)
+    assert found.processes == (1,)
+    assert found.why == "process 1 said nothing at all for 60 s"
+
+
+def test_who_is_behind_is_named():
+    dog = Watchdog(Deadlines(), 2, 0.0)
+    dog.progress(0, 4, "step", 1.0)
+    dog.progress(1, 3, "step", 1.0)
+    assert dog.frozen(10**4).why.startswith(
+        "process 1 did not come further than step 3"
+    )
+
+
+def test_statuses_have_the_names_of_signals():
+    assert spell_status(-11) == "was killed by SIGSEGV"
+    assert spell_status(-60) == "was killed by signal 60"
+
+
+CHILD = """
+import asyncio, os, subprocess, sys, time
+from shardkit.cluster.processes import Child
+
+program = "import subprocess; subprocess.run(['sleep', '1000'])"
+
+async def main():
+    ended = asyncio.get_running_loop().create_future()
+    reading, writing = os.pipe()
+    argv, say = [sys.executable, "-c", program], ended.set_result
+    child = Child(argv, env=os.environ, stdout=writing, stderr=2, on_exit=say)
+    os.close(writing)
+    await asyncio.sleep(0.3)
+    begun_s = time.monotonic()
+    os.kill(child.pid, 9)
+    assert await asyncio.wait_for(ended, 5) == -9
+    # Nobody of the group has the pipe any more.
+    assert await asyncio.to_thread(os.read, reading, 1) == b""
+    assert time.monotonic() - begun_s < 1
+
+asyncio.run(main())
+"""
+
+
+def test_a_child_ends_with_all_of_its_group():
+    # Not here, since JAX does not like processes that fork.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", CHILD], env=env, check=True, timeout=30)
+
+
+def test_no_cluster_no_member(monkeypatch):
+    monkeypatch.delenv("SHARDKIT_AGENT", raising=False)
+    assert join(preload=lambda: 1 / 0) is None
+
+
+def test_a_cluster_that_is_gone_cannot_be_joined():
+    program = "from shardkit.cluster import join; join()"
+    env = os.environ | {"SHARDKIT_AGENT": "127.0.0.1:1", "SHARDKIT_TOKEN": "x"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=env | {"SHARDKIT_WORKER": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "ClusterError: SHARDKIT_AGENT=127.0.0.1:1: cannot join" in done.stderr

@@ -1,0 +1,168 @@
+"""Segments: given out, kept, and cleaned up."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from shardkit.cluster import Assignment
+from shardkit.cluster.desk import Desk
+from shardkit.cluster.launch import open_directory
+from shardkit.cluster.settings import write_private
+from shardkit.cluster.slots import Image, Slots
+from shardkit.errors import ConfigError, SaveError
+from shardkit.snapshot.image import ImageWriter
+from shardkit.snapshot.layout import ImageLayout, MeshRecord, Piece, SnapshotLeaf
+from shardkit.snapshot.segments import Segments
+
+ASSIGNMENT = Assignment(
+    generation=3,
+    process_index=0,
+    num_processes=1,
+    coordinator="127.0.0.1:1",
+    num_devices=1,
+    num_local_devices=1,
+    device_offset=0,
+    host="host-0",
+    hosts=("host-0",),
+)
+
+
+def commit(slots, name, step, generation=1):
+    """Commits what a worker of a generation has written; whether it could."""
+    if slots.given_out(generation, 0, name) is None:
+        return False
+    slots.commit(
+        Image(
+            name=name,
+            step=step,
+            generation=generation,
+            process=0,
+            num_bytes=8,
+            protected_bytes=8,
+            head_bytes=8,
+        )
+    )
+    return True
+
+
+def test_the_newest_whole_image_is_never_given_out(segments):
+    slots = Slots(segments)
+    first = slots.reserve(1, 0, 100)
+    assert slots.reserve(1, 0, 100) == first
+    assert commit(slots, first, 1)
+    second = slots.reserve(1, 0, 100)
+    assert commit(slots, second, 2)
+    assert slots.reserve(1, 0, 100) is None
+    slots.protect(1, 1)
+    assert slots.reserve(1, 0, 100) is None
+    slots.protect(1, 2)
+    assert slots.reserve(1, 0, 100) == first
+    # What is being written is no image any more.
+    assert [x.step for x in slots.images()] == [2]
+    assert not commit(slots, second, 9)
+    # A larger one takes its place.
+    third = slots.reserve(1, 0, 1000)
+    assert third not in (first, second)
+    assert segments.path(third).stat().st_size == 1000
+    assert not segments.path(first).exists()
+    assert segments.path(third).stat().st_mode & 0o777 == 0o600
+
+
+def test_generations_have_segments_of_their_own(segments):
+    slots = Slots(segments)
+    old = slots.reserve(1, 0, 10)
+    assert commit(slots, old, 5)
+    torn = slots.reserve(1, 0, 10)
+    slots.drop_torn(1)
+    assert segments.names() == [old]
+    assert torn != old
+    new = slots.reserve(2, 0, 10)
+    assert new not in (old, torn)
+    # A worker of an old generation cannot commit what was given to a new one.
+    assert not commit(slots, new, 6, generation=1)
+    assert commit(slots, new, 6, generation=2)
+    slots.protect(2, 6)
+    assert segments.names() == [new]
+    slots.clear()
+    assert segments.names() == []
+
+
+def ask(slots, *questions):
+    """Asks the desk of a host; returns the answers."""
+
+    async def work():
+        desk = Desk(slots)
+        return [await desk.answer(ASSIGNMENT, question) for question in questions]
+
+    return asyncio.run(work())
+
+
+def test_a_host_without_room_says_so(segments, monkeypatch):
+    def create(self, name, num_bytes):
+        raise SaveError(28, f"segment {name}: no room")
+
+    monkeypatch.setattr(Segments, "create", create)
+    (answer,) = ask(Slots(segments), {"type": "reserve", "num_bytes": 77})
+    assert answer["why"].startswith("no memory for a snapshot of 77 bytes: segment")
+    assert answer["why"].endswith("no room")
+
+
+def write(memory, step):
+    layout = ImageLayout.plan(
+        run="r",
+        host="host-0",
+        process=0,
+        num_processes=1,
+        leaves=[SnapshotLeaf("w", (4,), "uint8")],
+        mesh=MeshRecord(("fsdp",), (1,), (0,), (0,), ("host-0",)),
+        pieces=[Piece(0, 0, ((0, 4),))],
+    )
+    writer = ImageWriter(memory, layout, step=step, generation=3)
+    writer.put(0, np.arange(4, dtype=np.uint8))
+    return writer.commit({})
+
+
+def test_an_image_counts_if_it_is_what_it_is_said_to_be(segments):
+    slots = Slots(segments)
+    (slot,) = ask(slots, {"type": "reserve", "num_bytes": 1 << 16})
+    question = {"type": "commit", "step": 7, "name": slot["name"]}
+    (torn,) = ask(slots, question)
+    assert "it was being written" in torn["why"]
+    with segments.open(slot["name"]) as segment:
+        write(segment.memory, 6)
+        (other,) = ask(slots, question)
+        assert (
+            "expected the image of step, generation and process (7, 3, 0)"
+            in (other["why"])
+        )
+        assert slots.images() == []
+        head = write(segment.memory, 7)
+    assert ask(slots, question) == [{"type": "committed"}]
+    (image,) = slots.images()
+    assert (image.step, image.num_bytes) == (7, head.num_bytes)
+    assert (image.protected_bytes, image.head_bytes) == (
+        head.solid_bytes,
+        head.body_start,
+    )
+    (again, where) = ask(slots, question, {"type": "where", "name": slot["name"]})
+    assert "was not given out" in again["why"]
+    assert where == {"type": "file", "path": str(segments.path(slot["name"]))}
+    slots.drop(slot["name"])
+    (gone,) = ask(slots, {"type": "where", "name": slot["name"]})
+    assert gone["why"] == "there is no such image any more"
+
+
+def test_a_directory_is_cleaned_of_a_cluster_that_died(tmp_path, segments):
+    segments.create("image.1", 8).close()
+    write_private(tmp_path / "address.json", {"run": segments.run, "token": "t"})
+    with open_directory(tmp_path) as (path, _):
+        assert path == tmp_path
+        assert not segments.path("image.1").exists()
+        assert not (tmp_path / "address.json").exists()
+        with pytest.raises(ConfigError, match="another cluster is using it"):
+            with open_directory(tmp_path):
+                pass
+    with open_directory(tmp_path / "new", is_temporary=True) as (path, codes):
+        codes.append(0)
+    assert not path.exists()
