@@ -152,10 +152,11 @@ def print_times(found, num_bytes, num_leaves):
     mine = found.get("ours", {})
     if "remap" in mine:
         low, middle, high = quartiles([1e3 * t for t in mine["remap"]])
-        speed = ratio(mine[restore_from(num_devices())], mine["remap"])
+        plain = restore_from(num_devices())
+        speed = ratio(mine[plain], mine["remap"])
         print(
             f"Remapped (files verified, transposed, unstacked): {middle:.1f} ms "
-            f"[{low:.1f}, {high:.1f}]; speed / shardkit's {restore_from(num_devices())}: {speed}"
+            f"[{low:.1f}, {high:.1f}]; speed / shardkit's {plain}: {speed}"
         )
         low, middle, high = quartiles([1e3 * t for t in mine["verify"]])
         size = mine["bytes"][0]

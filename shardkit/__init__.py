@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardkit.errors import ConfigError as ConfigError
     from shardkit.errors import DamagedError as DamagedError
     from shardkit.errors import DataError as DataError
+    from shardkit.errors import Halted as Halted
     from shardkit.errors import InexactError as InexactError
     from shardkit.errors import LostStateError as LostStateError
     from shardkit.errors import MembershipError as MembershipError
@@ -44,13 +45,14 @@ if TYPE_CHECKING:
     from shardkit.program_cache import use_program_cache as use_program_cache
     from shardkit.recipe import LossScale as LossScale
     from shardkit.resharding import reshard as reshard
+    from shardkit.snapshot.config import SnapshotConfig as SnapshotConfig
     from shardkit.trainer import Trainer as Trainer
     from shardkit.version import __version__ as __version__
 
 _MODULES = ("checkpoint", "data", "keys", "nn")
 _HOMES = {
     "checkpoint": "CheckpointConfig",
-    "errors": "CertificateError ConfigError DamagedError DataError InexactError "
+    "errors": "CertificateError ConfigError DamagedError DataError Halted InexactError "
     "LostStateError MembershipError MeshError NonFiniteError PartitionError Preempted "
     "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig",
@@ -64,12 +66,17 @@ _HOMES = {
     "program_cache": "use_program_cache",
     "recipe": "LossScale",
     "resharding": "reshard",
+    "snapshot.config": "SnapshotConfig",
     "trainer": "Trainer",
     "version": "__version__",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted([*_MODULES, *_NAMES])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

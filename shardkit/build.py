@@ -116,6 +116,22 @@ def call_factory(
         raise ConfigError(f"[{where}] {name}: {error}") from error
 
 
+def import_all(config: RunConfig) -> None:
+    """Imports what a run needs; it takes no device.
+
+    Raises:
+        ConfigError: If a factory is not there.
+    """
+    import jax  # noqa: F401
+
+    import shardkit.optim
+    import shardkit.trainer  # noqa: F401
+
+    resolve_factory(config.model.factory, where="[model] factory")
+    if config.data.factory != "text":
+        resolve_factory(config.data.factory, where="[data] factory")
+
+
 def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
     """Builds the data of a run.
 
@@ -158,9 +174,23 @@ def _loss_scale(scale: float | None) -> Any:
 
 
 def build_trainer(
-    config: RunConfig, *, devices: list[Any], checkpoints: Path, events: Any
+    config: RunConfig,
+    *,
+    devices: list[Any],
+    checkpoints: Path,
+    events: Any,
+    snapshot: Any = None,
+    speeds: Mapping[int, float] | None = None,
 ) -> tuple[Any, str | None]:
     """Builds everything that a config names.
+
+    Args:
+        config: What to build.
+        devices: The pool.
+        checkpoints: Where to save.
+        events: Where events are sent.
+        snapshot: An `sk.SnapshotConfig`; None for what the config says.
+        speeds: Device id → how fast it is beside the others.
 
     Returns:
         A `Trainer` that has not begun, and the digest of its corpus or None.
@@ -182,6 +212,8 @@ def build_trainer(
             every=config.train.eval_every or config.train.steps,
             num_batches=config.train.eval_batches,
         )
+    if snapshot is None and config.snapshot.every:
+        snapshot = sk.SnapshotConfig(every=config.snapshot.every)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
@@ -199,6 +231,8 @@ def build_trainer(
         checkpoint=sk.CheckpointConfig(
             directory=checkpoints, **dataclasses.asdict(config.checkpoint)
         ),
+        snapshot=snapshot,
+        speeds=speeds,
         eval=evaluation,
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),

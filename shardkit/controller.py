@@ -5,7 +5,6 @@ back. Invariant: the state, the data cursor and the step are one; whatever happe
 run stands where the state stands. When to do which of these is the trainer's business.
 """
 
-import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +12,15 @@ from typing import Any
 import jax
 from jax import Array
 
+from shardkit.certificate import Certificates, compare_moved, compute_both
 from shardkit.checkpoint.history import History
 from shardkit.checkpoint.remap import Remap
 from shardkit.digest import combine_digests
-from shardkit.elastic import Transition, differences
+from shardkit.elastic import Transition
 from shardkit.errors import (
     ConfigError,
     LostStateError,
-    Preempted,
     RestoreError,
-    SaveError,
 )
 from shardkit.events import EventLog
 from shardkit.membership import Change
@@ -31,7 +29,9 @@ from shardkit.overlap import Overlap
 from shardkit.placement import Placement
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
-from shardkit.standby import Standby, likely_counts
+from shardkit.rescue import newest_snapshot
+from shardkit.snapshot.snapshots import Snapshots
+from shardkit.standby import Standby
 from shardkit.state import TrainState
 from shardkit.state_moves import is_whole
 from shardkit.waits import Waiter
@@ -56,10 +56,12 @@ class Controller:
         events: Where events are sent.
         waiter: What waits for programs and batches.
         standby: What makes programs ready before they are needed, or None.
+        snapshots: Where it is copied to beside the steps.
 
     Attributes:
         step: How many steps are done; the index of the next one.
         live: The placement and the state on it; None before the first use.
+        is_resumed: Whether what was due at its first step may not have been done.
         scripted: Device counts that are known to come.
     """
 
@@ -73,19 +75,22 @@ class Controller:
         stop_on_failure: bool,
         events: EventLog,
         waiter: Waiter,
+        snapshots: Snapshots,
         standby: Standby | None = None,
     ) -> None:
         self.placements, self.events, self.waiter = placements, events, waiter
-        self.step = 0
+        self.step, self.is_resumed = 0, False
         self.live: tuple[Placement, TrainState] | None = None
         self._prefetcher = Prefetcher(data)
         self._history, self.metrics = history, dict[str, float]()
-        self._certifies, self._stop_on_failure = certify, stop_on_failure
+        self._certificates = Certificates(
+            certify, stop_on_failure=stop_on_failure, events=events
+        )
         self._standby, self.scripted = standby, list[int]()
+        self._snapshots = snapshots
         self._overlap = Overlap(self._preparing, events)
         self._num_here = 0
         self._is_restored = self._is_closed = self._is_lost = False
-        self._certified: set[tuple[int, ...]] = set()
 
     @property
     def num_devices(self) -> int:
@@ -96,6 +101,11 @@ class Controller:
     def num_asked(self) -> int:
         """On how many it will be when the change that was announced is made."""
         return self._overlap.num_asked or self.num_devices
+
+    @property
+    def can_save(self) -> bool:
+        """Whether there is where to."""
+        return self._history is not None
 
     @property
     def saved_steps(self) -> list[int]:
@@ -110,10 +120,11 @@ class Controller:
                     f"the state of step {self.step} was lost in a move that failed; "
                     "go on from a checkpoint, by Trainer.restore()"
                 )
-            if not self._is_restored:
+            if not self._is_restored and not self.is_resumed:
                 self._check_unused()
             self.placements.present = None
             self._begin(self.placements.on(num_devices or self.num_devices))
+            self._take_snapshot()
         assert self.live is not None
         self.placements.present = self.live[0]
         return self.live
@@ -121,9 +132,22 @@ class Controller:
     def _begin(self, placement: Placement) -> None:
         if self._is_restored:
             self.step, state = self._saved().load(placement)
-            self.live = placement, state
+        elif self.is_resumed:
+            goal = placement.layout, placement.mesh
+            with self.events.phase("restore", step=self.step):
+                self.step, state = self._snapshots.load(*goal)
+            if self._history is not None:
+                self._history.go_on(self.step)
         else:
-            self.live = placement, placement.init()
+            state = placement.init()
+        self.live = placement, state
+
+    def _take_snapshot(self) -> None:
+        """Starts a copy of the state if one is due, before a step uses it up."""
+        if self._snapshots.is_due(self.step):
+            placement, state = self.start()
+            placement.compile_stage()
+            self._snapshots.take(self.step, placement.staging, placement.stage, state)
 
     def next_change(self, change: Change) -> Change:
         """Returns the change to make now; one with notice waits for its program.
@@ -157,24 +181,18 @@ class Controller:
         is_first = not placement.is_compiled
         if is_first:
             placement.compile()
-        state, metrics = placement.step(state, self._batch())
+        batch = self._batch(self.step)
+        self.events.begin("step", step=self.step)
+        state, metrics = placement.step(state, batch, self._snapshots.hold)
         # State and step move together, before anybody sees either.
         self.live, self.step = (placement, state), self.step + 1
+        self._take_snapshot()
         if self._overlap.num_asked is None:
             self._num_here += 1
         if self._standby is not None and self._num_here == _SETTLED:
+            hosts = [device.process_index for device in placement.mesh.devices.flat]
             num_pool = len(self.placements.pool)
-            mesh_devices = placement.mesh.devices.flat
-            counts = likely_counts(
-                placement.num_devices,
-                num_pool,
-                scripted=self.scripted,
-                configured=self._standby.configured,
-                host_counts=collections.Counter(
-                    device.process_index for device in mesh_devices
-                ).values(),
-            )
-            self._standby.expect(counts, present=placement.num_devices)
+            self._standby.look_ahead(hosts, num_pool, scripted=self.scripted)
         if is_first and placement.not_donated:
             names = ", ".join(placement.not_donated)
             message = f"not donated, so that they exist twice during a step: {names}"
@@ -184,18 +202,23 @@ class Controller:
     def reconfigure(self, num_devices: int, change: Change) -> dict[str, Array] | None:
         """Moves to another placement; returns the metrics of a step if it did one."""
         start_s = time.monotonic()
+        self._snapshots.hold()
         old, before = self.start()
         new = self.placements.on(num_devices)
         plain_bytes = self.placements.plain_bytes(old, new)
         transition = Transition(old, new, start_s, plain_bytes=plain_bytes)
         self._num_here = 0
-        counts = {"from_devices": old.num_devices, "to_devices": new.num_devices}
-        self.events.emit("reconfiguring", step=self.step, **counts)
+        transition.announce(self.events, self.step)
         if change.lost:
             # First of all, since what is on lost devices cannot even be saved.
             self._move_what_is_left(before, transition)
             self._compile(new, transition)
-        elif self._wants_certificate(new):
+            certified = self._certificates.repeat_step(
+                transition, self._snapshots, self.step - 1, self.start()[1], self._batch
+            )
+            self._tell(transition, self.step, certified)
+            return None
+        if self._certificates.are_wanted(new.mesh):
             with transition.phase("compile"):
                 # Between the two steps nothing can be given up: both states are gone.
                 for placement in (old, new):
@@ -203,14 +226,13 @@ class Controller:
                     placement.compile_digests()
             # Nothing is used up yet, and the batch may be on its way meanwhile.
             after = transition.move(before, keep_source=True)
-            self._compare(before, after, transition)
+            compare_moved(before, after, transition, self.step)
             with transition.phase("batch"):
-                batch = self._batch()
+                batch = self._batch(self.step)
             with self.waiter.ignoring():
                 return self._certify(before, after, batch, transition)
-        else:
-            self._compile(new, transition)
-            self._move(before, transition)
+        self._compile(new, transition)
+        self._move(before, transition)
         self._tell(transition, self.step, None)
         return None
 
@@ -231,47 +253,22 @@ class Controller:
                 self.live, self._is_lost = None, True
             raise
 
-    def _wants_certificate(self, new: Placement) -> bool:
-        if self._certifies == "first":
-            return device_ids(new.mesh) not in self._certified
-        return self._certifies == "always"
-
-    def _compare(
-        self, before: TrainState, after: TrainState, transition: Transition
-    ) -> None:
-        """Compares what was moved with what was there, before either is used up."""
-        with transition.phase("compare"):
-            found, wanted = transition.new.digest(after), transition.old.digest(before)
-        differing = differences(found, wanted, {}, {})
-        if differing:
-            raise transition.bad_move(differing, self.step)
-
     def _certify(
         self, before: TrainState, after: TrainState, batch: Any, transition: Transition
     ) -> dict[str, Array]:
         """Computes a step on both placements, and goes on with the new one."""
-        old, new, step = transition.old, transition.new, self.step
-        with transition.phase("old_step"):
-            stayed, expected = old.step(before, batch)
+        step = self.step
+
+        def computed(stayed: TrainState) -> None:
             # Whatever happens to the other, this state is whole.
-            self.live, self.step = (old, stayed), step + 1
-            jax.block_until_ready(stayed)
-        with transition.phase("old_digest"):
-            wanted = old.digest(stayed)
-        with transition.phase("new_step"):
-            moved, metrics = jax.block_until_ready(new.step(after, batch))
-        with transition.phase("new_digest"):
-            found = new.digest(moved)
-        differing = differences(found, wanted, metrics, expected)
-        if differing:
-            goes_on = not self._stop_on_failure
-            failure = transition.failure(differing, step, goes_on=goes_on)
-            if not goes_on:
-                raise failure
-            self.events.emit("notice", message=str(failure))
-        else:
-            self._certified |= {device_ids(old.mesh), device_ids(new.mesh)}
-        self.live = new, moved
+            self.live, self.step = (transition.old, stayed), step + 1
+
+        moved, metrics, differing = compute_both(
+            before, after, batch, transition, computed
+        )
+        self._certificates.judge(transition, differing, step)
+        self.live = transition.new, moved
+        self._take_snapshot()
         self._tell(transition, step, not differing)
         return metrics
 
@@ -280,23 +277,36 @@ class Controller:
         self.events.emit("reconfigure", since_s=transition.start_s, **report)
 
     def _move_what_is_left(self, before: TrainState, transition: Transition) -> None:
-        """Moves the surviving shards, or goes back to the newest checkpoint."""
+        """Moves the surviving shards, or goes back to the newest step that is whole."""
         old, new = transition.old, transition.new
         lost = frozenset(device_ids(old.mesh)) - frozenset(device_ids(new.mesh))
         try:
             self._move(before, transition, lost=lost)
             return
-        except LostStateError:
-            if not self.saved_steps:
-                raise
-        at = self.step
+        except LostStateError as error:
+            at = self.step
+            with transition.phase("restore"):
+                source = self._go_back(new, error)
+        num = at - self.step
+        self.events.emit("rewind", step=self.step, repeats=num, source=source)
+        found = f"step {self.step} restored from a {source}, {num} to repeat"
+        self.events.emit("notice", message=f"lost shards: {found}")
+
+    def _go_back(self, placement: Placement, error: LostStateError) -> str:
+        """Goes to the newest step that is in host memory or on a disk."""
         # Nothing is live until it is read, so that nothing half-read can be saved.
+        before, self.live = self.live, None
+        found = newest_snapshot(self._snapshots, placement, self.saved_steps)
+        if found is not None:
+            self.step, self.metrics = found[0], {}
+            self.live = placement, found[1]
+            return "snapshot"
+        if not self.saved_steps:
+            self.live = before
+            raise error
         self.restore(None)
-        with transition.phase("restore"):
-            self._begin(new)
-        self.events.emit("rewind", step=self.step, repeats=at - self.step)
-        message = f"lost shards: step {self.step} restored, {at - self.step} to repeat"
-        self.events.emit("notice", message=message)
+        self._begin(placement)
+        return "checkpoint"
 
     def digest(self) -> str:
         """Digests the logical state; the same on every mesh."""
@@ -316,6 +326,7 @@ class Controller:
         start_s = time.monotonic()
         history = self._saved()
         placement, state = self.start()
+        self.events.begin("checkpoint", step=self.step)
         history.save(self.step, state, placement, metrics=self.metrics, wait=wait)
         self.events.emit("checkpoint", since_s=start_s, step=self.step)
 
@@ -324,33 +335,28 @@ class Controller:
         if self._history is not None:
             self._history.wait()
 
-    def restore(self, step: int | None, remap: Remap | None = None) -> int:
-        """Goes to a saved step; the state is read when it is first needed."""
-        # What is live is given up first: two states may not fit.
-        self.step = self._saved().choose(step, remap)
-        self.live, self._is_restored, self._is_lost = None, True, False
-        self.metrics = {}
+    def go_on(self) -> int:
+        """Goes to the newest snapshot, if there is one; read when first needed."""
+        newest = self._snapshots.newest_step
+        if newest is not None:
+            self.step, self.is_resumed = newest, True
         return self.step
 
-    def leave(self) -> None:
-        """Saves if there is where to and what, and stops."""
-        if self._history is None:
-            raise Preempted(
-                f"asked to leave before step {self.step}; nothing is saved, since the "
-                "trainer was made without checkpoint=…"
-            )
-        if self.live is None:
-            raise Preempted(
-                f"asked to leave; nothing has changed since step {self.step}"
-            )
-        with self.waiter.ignoring():
-            try:
-                self.save(wait=True)
-            except SaveError as error:
-                # It may have been the save before this one that failed.
-                self.events.emit("notice", message=str(error))
-                self.save(wait=True)
-        raise Preempted(f"asked to leave; step {self.step} is saved")
+    def restore(
+        self, step: int | None, remap: Remap | None = None, source: Any = None
+    ) -> int:
+        """Goes to a saved step; the state is read when it is first needed."""
+        # What is live is given up first: two states may not fit.
+        self.step = self._saved().choose(step, remap, source)
+        self.live, self._is_restored, self._is_lost = None, True, False
+        self.metrics = {}
+        self._snapshots.forget()
+        return self.step
+
+    def keep(self) -> None:
+        """Sees that the state is in a snapshot; raises `SaveError` if it cannot be."""
+        placement, state = self.start()
+        self._snapshots.ensure(self.step, placement.staging, placement.stage, state)
 
     def wait_for_standby(self, timeout_s: float) -> bool:
         """Waits until nothing is made ready; whether that was so in time."""
@@ -362,13 +368,14 @@ class Controller:
         self._overlap.close()
         if self._standby is not None:
             self._standby.close()
+        self._snapshots.close()
         if self._history is not None:
             self._history.close()
             self._history = None
             self._is_closed = True
 
-    def _batch(self) -> Any:
-        return self._prefetcher.get(self.step, check=self.waiter.check)
+    def _batch(self, step: int) -> Any:
+        return self._prefetcher.get(step, check=self.waiter.check)
 
     def _check_unused(self) -> None:
         """Refuses to begin anew among checkpoints, which would soon be overwritten."""

@@ -147,6 +147,15 @@ class Transition:
             self.plain_bytes_moved = self._plain_bytes
         return moved.tree
 
+    def announce(self, events: EventLog, step: int) -> None:
+        """Tells that it begins."""
+        counts = {
+            "from_devices": self.old.num_devices,
+            "to_devices": self.new.num_devices,
+        }
+        events.begin("reconfigure", step=step)
+        events.emit("reconfiguring", step=step, **counts)
+
     def report(self, step: int, certified: bool | None) -> dict[str, Any]:
         """Describes the change, as the event `reconfigure` has it."""
         return {
@@ -173,14 +182,27 @@ class Transition:
         )
 
     def failure(
-        self, differing: list[str], step: int, *, goes_on: bool = False
+        self,
+        differing: list[str],
+        step: int,
+        *,
+        goes_on: bool = False,
+        is_past: bool = False,
     ) -> CertificateError:
-        """Describes a failed certificate; `goes_on` if the run takes the new state."""
+        """Describes a failed certificate.
+
+        Args:
+            differing: The leaves that do.
+            step: Which step was computed twice.
+            goes_on: Whether the run goes on in spite of it.
+            is_past: Whether the old devices are gone, and the state is what they left.
+        """
+        side = "new devices, with what the old ones left" if is_past else "old devices"
         where = (
             "The trainer goes on with the new devices, since that is what "
             "on_failed_certificate='continue' asks for."
             if goes_on
-            else "The trainer stands after that step on the old devices: save it and "
+            else f"The trainer stands after that step on the {side}: save it and "
             "report this, or go on with on_failed_certificate='continue'."
         )
         return CertificateError(

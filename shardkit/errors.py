@@ -7,9 +7,11 @@ to do about it. This module imports nothing.
 
 __all__ = [
     "CertificateError",
+    "ClusterError",
     "ConfigError",
     "DamagedError",
     "DataError",
+    "Halted",
     "InexactError",
     "LostStateError",
     "MembershipError",
@@ -20,6 +22,8 @@ __all__ = [
     "RestoreError",
     "SaveError",
     "ShardkitError",
+    "TornError",
+    "reason",
 ]
 
 
@@ -55,6 +59,10 @@ class LostStateError(ShardkitError, RuntimeError):
     """Shards that went with their devices and exist nowhere else."""
 
 
+class ClusterError(ShardkitError, RuntimeError):
+    """A run of several processes that cannot go on, or cannot be joined."""
+
+
 class CertificateError(ShardkitError, RuntimeError):
     """Two placements computed different bits for the same step."""
 
@@ -67,6 +75,10 @@ class Preempted(ShardkitError, RuntimeError):
     """The run was asked to leave; it has saved and can be resumed."""
 
 
+class Halted(ShardkitError, RuntimeError):
+    """The run stopped for other processes to go on from its snapshot."""
+
+
 class RestoreError(ShardkitError, RuntimeError):
     """A checkpoint that is missing, damaged or belongs to another run."""
 
@@ -77,3 +89,16 @@ class SaveError(ShardkitError, OSError):
 
 class DamagedError(RestoreError):
     """A checkpoint whose bits are not those that were saved."""
+
+
+class TornError(RestoreError):
+    """A snapshot that was not committed, or whose bytes are not those written."""
+
+
+def reason(error: Exception) -> str:
+    """Says why something failed, in words and without the system's numbers.
+
+    >>> reason(FileNotFoundError(2, "No such file or directory", "a.toml"))
+    'No such file or directory'
+    """
+    return str(getattr(error, "strerror", None) or error)

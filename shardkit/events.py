@@ -85,8 +85,12 @@ class EventLog:
       taken), `phases` (each as `Phase.record` gives it), `was_ready`, `certified`.
     - `"first_step"`: `step`. The first step after a change that did none itself, from
       its dispatch until its results are there.
+    - `"snapshot"`, while the state is on its way to host memory, in a thread: `step`,
+      `bytes`, `stall_s` (what the training thread waited), `copy_s` (from when the
+      state was computed).
     - `"eval"`: `step`, `loss`, the metrics. `"checkpoint"`: `step`.
-    - `"rewind"`: `step`, `repeats`.
+    - `"restored"`: `step`, when its state has been read. `"rewind"`: `step`,
+      `repeats`, `source` (`"snapshot"` or `"checkpoint"`).
 
     Example:
         >>> log = EventLog()

@@ -20,6 +20,7 @@ __all__ = [
     "Change",
     "Lost",
     "Membership",
+    "check_source",
     "combine",
     "scripted",
     "signals",
@@ -46,6 +47,7 @@ class Change:
         num_devices: How many devices of the pool to go on with; None for as many.
         lost: Whether the state on the devices that go is gone with them.
         leave: Save and stop.
+        halt: Stop with the state in a snapshot, from which other processes go on.
         grace_s: For how many seconds the run may go on with the devices it has while
             the next program is made; lost devices give no time.
     """
@@ -54,6 +56,7 @@ class Change:
     lost: bool = False
     leave: bool = False
     grace_s: float = 0.0
+    halt: bool = False
 
 
 class Membership(Protocol):
@@ -286,7 +289,7 @@ class _Combined:
                 found += [] if change is None else [change]
         if self._untold and not found:
             raise self._untold.pop(0)
-        leaving = [change for change in found if change.leave]
+        leaving = [change for change in found if change.leave or change.halt]
         moving = [c for c in found if c.num_devices not in (None, num_devices)]
         return next(iter([*leaving, *reversed(moving)]), None)
 
@@ -299,7 +302,7 @@ def scripted(script: Mapping[int, int | Lost]) -> Membership:
 
     Example:
         >>> scripted({20: 6, 40: Lost(3)}).poll(40, 6)
-        Change(num_devices=3, lost=True, leave=False, grace_s=0.0)
+        Change(num_devices=3, lost=True, leave=False, grace_s=0.0, halt=False)
     """
     return _Scripted(script)
 
@@ -345,11 +348,35 @@ def _check_grace(grace_s: Any) -> None:
         )
 
 
+def check_source(membership: Any, num_pool: int, num_processes: int) -> None:
+    """Checks a source before a run listens to it.
+
+    Args:
+        membership: The source.
+        num_pool: How many devices there are.
+        num_processes: How many processes have to hear the same.
+
+    Raises:
+        MembershipError: If it is none, or cannot be used there.
+    """
+    if not hasattr(membership, "poll"):
+        raise MembershipError(
+            "Trainer.run: membership must be made by sk.scripted, sk.signals, "
+            f"sk.watch_file or sk.combine, found {membership!r}"
+        )
+    membership.check(num_pool)
+    if num_processes > 1 and not membership.is_shared:
+        raise MembershipError(
+            "several processes must change at the same step, which signals and "
+            "watched files cannot promise; use sk.scripted there"
+        )
+
+
 def combine(*sources: Membership) -> Membership:
     """Listens to several sources; leaving comes first, then the last that moves.
 
     Example:
         >>> combine(scripted({0: 4}), scripted({})).poll(0, 8)
-        Change(num_devices=4, lost=False, leave=False, grace_s=0.0)
+        Change(num_devices=4, lost=False, leave=False, grace_s=0.0, halt=False)
     """
     return _Combined(sources)

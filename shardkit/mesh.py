@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from shardkit.errors import MeshError
+from shardkit.errors import ConfigError, MeshError
 
-__all__ = ["BATCH_AXES", "MESH_AXES", "MeshSpec", "device_ids", "mesh_sizes"]
+__all__ = [
+    "BATCH_AXES",
+    "MESH_AXES",
+    "MeshSpec",
+    "check_mesh",
+    "device_ids",
+    "mesh_sizes",
+]
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 """The mesh axes, outermost first."""
@@ -143,3 +150,13 @@ def mesh_sizes(mesh: Mesh) -> dict[str, int]:
 def device_ids(mesh: Mesh) -> tuple[int, ...]:
     """Returns the ids of the mesh's devices, in mesh order."""
     return tuple(device.id for device in mesh.devices.flat)
+
+
+def check_mesh(mesh: Any) -> None:
+    """Refuses what is neither a `MeshSpec` nor None.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if not isinstance(mesh, MeshSpec | None):
+        raise ConfigError(f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}")

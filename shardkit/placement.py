@@ -24,16 +24,19 @@ from shardkit.gradient import MicrobatchLoop
 from shardkit.keys import is_key_dtype, root_key, stream
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
-from shardkit.mesh import BATCH_AXES
+from shardkit.mesh import BATCH_AXES, MESH_AXES
 from shardkit.microbatch import Grid
 from shardkit.program import Program, in_this_context
 from shardkit.program_report import ProgramReport, report_program
 from shardkit.recipe import Recipe
 from shardkit.rounding import opaque_zero
+from shardkit.staging import Staging
 from shardkit.state import TrainState
 from shardkit.waits import Waiter
 
 __all__ = ["Placement", "put"]
+
+_ALL = PartitionSpec(MESH_AXES)
 
 
 class Placement:
@@ -48,6 +51,10 @@ class Placement:
         events: Where compilations are recorded.
         waiter: What waits for programs.
         speeds: Device id → how fast it is beside the others; 1.0 if not named.
+        stages: Whether states are to be copied, for snapshots.
+
+    Attributes:
+        staging: How they are.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Placement:
         waiter: Waiter,
         *,
         speeds: Mapping[int, float],
+        stages: bool = False,
     ) -> None:
         self._waiter = waiter
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
@@ -95,8 +103,13 @@ class Placement:
                 name="evaluate",
             ),
         }
+        self.staging = Staging(layout, mesh)
+        if stages:
+            copy = self._spmd(self.staging.copy, (state_specs,), self.staging.spec)
+            self.programs["stage"] = make(copy, name="stage", exact=False)
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
         self.executable: Any = None
+        self._stage: Any = None
         self.not_donated: list[str] = []
         self._has_run = False
 
@@ -117,7 +130,23 @@ class Placement:
     def compile(self) -> None:
         """Compiles the step, hearing signals; it may take minutes."""
         if not self.is_compiled:
+            self.compile_stage()
             self.executable = self._ready(self.programs["step"], *self._step_args())
+
+    def stage(self, state: TrainState) -> list[Array]:
+        """Copies a state, as `staging` says, and leaves it as it is."""
+        self.compile_stage()
+        return self._stage(state)
+
+    def compile_stage(self) -> None:
+        """Compiles what `stage` needs, where states are to be copied."""
+        if self._stage is None and "stage" in self.programs:
+            self._stage = self._ready(self.programs["stage"], self._step_args()[0])
+
+    def meet(self) -> None:
+        """Lets all devices exchange something, which sets their connections up."""
+        ones = put(np.ones(self.mesh.size, np.int32), NamedSharding(self.mesh, _ALL))
+        jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
     def compile_digests(self) -> None:
         """Compiles what `digest` needs, which then waits for nothing."""
@@ -148,6 +177,7 @@ class Placement:
                 program.name, self.num_devices, self._ready(program, *args)
             )
             for program, args in self._needed(False, eval_batch)
+            if program.name != "stage"
         }
 
     def _needed(
@@ -155,6 +185,8 @@ class Placement:
     ) -> Iterator[tuple[Program, tuple[Any, ...]]]:
         """Yields programs with abstract arguments, the longest to compile first."""
         yield self.programs["step"], self._step_args()
+        if "stage" in self.programs:
+            yield self.programs["stage"], self._step_args()[:1]
         if digests:
             for leaf in jax.tree.leaves(self.layout):
                 program, abstract = self._digester(leaf)
@@ -175,7 +207,7 @@ class Placement:
         return params, slots, self.root, number, number
 
     def step(
-        self, state: TrainState, batch: Any
+        self, state: TrainState, batch: Any, hold: Callable[[], None] = lambda: None
     ) -> tuple[TrainState, dict[str, Array]]:
         """Computes one step; the state is consumed.
 
@@ -185,9 +217,12 @@ class Placement:
         Args:
             state: On this mesh.
             batch: The global batch, in host memory.
+            hold: Called last before the state is used up.
         """
         self.compile()
-        out = self.executable(state, self.place_batch(batch), self.root)
+        slots = self.place_batch(batch)
+        hold()
+        out = self.executable(state, slots, self.root)
         if not self._has_run:
             self._has_run = True
             leaves = zip(

@@ -61,6 +61,7 @@ class Placements:
         waiter: What waits for programs.
         certifies: `"always"`, `"first"` or `"off"`: whether changes need digests.
         speeds: Device id → how fast it is beside the others; 1.0 if not named.
+        stages: Whether states are to be copied, for snapshots.
 
     Attributes:
         recipe: What is computed.
@@ -86,6 +87,7 @@ class Placements:
         *,
         certifies: str = "always",
         speeds: Mapping[int, float] | None = None,
+        stages: bool = False,
     ) -> None:
         # A mesh that fits on no devices should fail before anything runs.
         sizes = spec.sizes(len(pool))
@@ -102,7 +104,8 @@ class Placements:
         self._eval_batch = None if eval_batch is batch else eval_batch
         params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
         self._outputs = recipe.output_structure(params, batch, eval_batch)
-        self._certifies, self._speeds = certifies, speeds or {}
+        self._certifies, self._stages = certifies, stages
+        self._speeds = speeds or {}
         self._known: dict[Any, Placement] = {}
         self._under_way: list[Placement] = []
         self._mesh_order = MeshOrder(layout)
@@ -203,6 +206,7 @@ class Placements:
                 self._events,
                 self._waiter,
                 speeds=self._speeds,
+                stages=self._stages,
             )
         return self._known[key]
 

@@ -5,6 +5,7 @@ those are. Invariant: nobody waits for it. It holds no state of a run; what it h
 compiled it leaves with the placements.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -159,6 +160,25 @@ class Standby:
             ]
             if self._queue:
                 self._background.begin()
+
+    def look_ahead(
+        self, hosts: Sequence[int], num_pool: int, *, scripted: Sequence[int] = ()
+    ) -> None:
+        """Expects what may come next.
+
+        Args:
+            hosts: The host of every device that the run is on.
+            num_pool: How many devices there are at all.
+            scripted: Device counts that are known to come.
+        """
+        counts = likely_counts(
+            len(hosts),
+            num_pool,
+            scripted=scripted,
+            configured=self.configured,
+            host_counts=collections.Counter(hosts).values(),
+        )
+        self.expect(counts, present=len(hosts))
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until there is nothing left to do; whether that was so in time."""

@@ -24,7 +24,16 @@ from shardkit.places import Places
 from shardkit.resharding import gathered, like
 from shardkit.transfer import TransferPlan, plan_transfer
 
-__all__ = ["Moved", "compile_move", "from_host", "is_whole", "move_state", "to_host"]
+__all__ = [
+    "Moved",
+    "compile_move",
+    "from_host",
+    "is_whole",
+    "laid_out",
+    "move_state",
+    "raw_leaf",
+    "to_host",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +79,7 @@ def move_state(
     layouts: list[LeafLayout] = jax.tree.leaves(layout)
     if not all(array.is_fully_addressable for array in leaves):
         return Moved(*_through_hosts(leaves, layouts, treedef, new, lost))
-    bare = [_raw_layout(leaf) for leaf in layouts]
+    bare = [raw_leaf(leaf) for leaf in layouts]
     plan = _plan(bare, old, new, lost)
     plan_s = time.monotonic() - start_s
     out = carry.carry(
@@ -92,7 +101,7 @@ def compile_move(layout: Any, old: Mesh, new: Mesh, *, keep_source: bool) -> Non
         new: Where it will go.
         keep_source: As in `move_state`.
     """
-    bare = [_raw_layout(leaf) for leaf in jax.tree.leaves(layout)]
+    bare = [raw_leaf(leaf) for leaf in jax.tree.leaves(layout)]
     carry.compile_carry(
         _plan(bare, old, new, frozenset()),
         {leaf.path: leaf.dtype for leaf in bare},
@@ -114,11 +123,11 @@ def is_whole(tree: Any) -> bool:
 def _plan(
     layouts: list[LeafLayout], old: Mesh, new: Mesh, lost: frozenset[int]
 ) -> TransferPlan:
-    source, target = (_laid_out(layouts, Places.of_mesh(x)) for x in (old, new))
+    source, target = (laid_out(layouts, Places.of_mesh(x)) for x in (old, new))
     return plan_transfer([source], target, lost=lost)
 
 
-def _laid_out(leaves: Sequence[LeafLayout], places: Places) -> dict[str, Layout]:
+def laid_out(leaves: Sequence[LeafLayout], places: Places) -> dict[str, Layout]:
     """Layouts by path; leaves that are alike share theirs."""
     known: dict[Any, Layout] = {}
     found = {}
@@ -167,7 +176,8 @@ def from_host(whole: np.ndarray, leaf: LeafLayout, mesh: Mesh) -> Array:
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
-def _raw_layout(leaf: LeafLayout) -> LeafLayout:
+def raw_leaf(leaf: LeafLayout) -> LeafLayout:
+    """The leaf that holds the words of random keys; any other is its own."""
     if not is_key_dtype(leaf.dtype):
         return leaf
     raw = jax.eval_shape(jax.random.key_data, leaf.abstract)

@@ -5,7 +5,8 @@ evaluate, to save and to stop. The state itself is the controller's.
 """
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,22 +18,24 @@ from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.history import open_history
 from shardkit.checkpoint.remap import Remap
 from shardkit.controller import Controller
-from shardkit.elastic import ask
-from shardkit.errors import ConfigError, MembershipError
+from shardkit.errors import ConfigError
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
 from shardkit.logical_axes import AxisRules
-from shardkit.membership import Membership, scripted
-from shardkit.mesh import MeshSpec
+from shardkit.loop import train
+from shardkit.membership import Membership, check_source, scripted
+from shardkit.mesh import MeshSpec, check_mesh
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.program_report import ProgramReport
 from shardkit.recipe import LossScale, Recipe
+from shardkit.snapshot.config import SnapshotConfig
+from shardkit.snapshot.snapshots import open_snapshots
 from shardkit.standby import Standby, check_counts
 from shardkit.state import TrainState
-from shardkit.waits import GivenUp, Waiter
+from shardkit.waits import Waiter
 
 __all__ = ["Trainer"]
 
@@ -51,26 +54,23 @@ class Trainer:
         axis_rules: Logical axis → mesh axis.
         num_microbatches: Into how many equal parts the global batch is cut.
         seed: The seed of everything random.
-        eval_loss: The loss for evaluation, without dropout; None for `loss` with
-            whatever it draws.
+        eval_loss: The loss for evaluation, without dropout; None for `loss`.
         consistency: `"exact"` keeps every bit whatever the device count; `"fast"`
             lets sums be taken in any order.
         certify: At which changes a step is computed on both placements and compared:
             `"always"`, `"first"` (the first use of a placement) or `"off"`.
         on_failed_certificate: `"stop"`, or `"continue"` with a notice.
         checkpoint: Where and when to save; None for never.
+        snapshot: When to copy it to host memory, to survive lost devices; None: never.
         eval: On what and when to evaluate; None for never.
         ema: Decay of an average of the parameters, to evaluate with; None for none.
         loss_scale: How the loss is scaled, or None.
         path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
         strict: Whether unannotated leaves and unused rules are errors.
         devices: The pool; None for all devices.
-        standby: How many placements that may come next are compiled in the
-            background, over the whole run; 0 for none.
-        standby_counts: Device counts of which to think first for that, after what a
-            script names.
-        speeds: Device id → how fast it is beside the others, 1.0 if not named; slow
-            ones compute fewer microbatches, which changes no bit.
+        standby: How many placements are compiled ahead of changes, over the whole run.
+        standby_counts: Device counts of which to think first, after a script's.
+        speeds: Device id → relative speed; slow ones compute fewer microbatches.
         events: Where events are sent; None for a log of its own. Notices to which
             nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
@@ -79,8 +79,7 @@ class Trainer:
         ShardkitError: If these do not fit together.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> import numpy as np
+        >>> import jax.numpy as jnp, numpy as np
         >>> def init(key):
         ...     return {"w": jax.random.normal(key, (4,))}
         >>> def loss(params, microbatch, key):
@@ -110,6 +109,7 @@ class Trainer:
         certify: str = "first",
         on_failed_certificate: str = "stop",
         checkpoint: CheckpointConfig | None = None,
+        snapshot: SnapshotConfig | None = None,
         eval: EvalConfig | None = None,
         ema: float | None = None,
         loss_scale: LossScale | None = None,
@@ -126,8 +126,7 @@ class Trainer:
         check_call("loss", loss, "params", "microbatch", "key")
         check_call("eval_loss", eval_loss or loss, "params", "microbatch", "key")
         check_call("data", data, "step")
-        if not isinstance(mesh, MeshSpec | None):
-            raise ConfigError(f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}")
+        check_mesh(mesh)
         check_choice("consistency", consistency, ("exact", "fast"))
         check_choice("certify", certify, ("always", "first", "off"))
         check_choice(
@@ -168,6 +167,7 @@ class Trainer:
             waiter,
             certifies=certify,
             speeds=checked_speeds(speeds or {}),
+            stages=snapshot is not None,
         )
         self._controller = Controller(
             placements=placements,
@@ -178,14 +178,18 @@ class Trainer:
                 rows=jax.tree.leaves(like)[0].shape[0],
                 corpus_digest=getattr(data, "digest", None),
                 events=self.events,
+                begins=snapshot is None or snapshot.store is None,
             ),
             certify=certify,
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
-            standby=Standby(placements, max_programs=standby, configured=standby_counts)
-            if standby
-            else None,
+            standby=(
+                standby
+                and Standby(placements, max_programs=standby, configured=standby_counts)
+            )
+            or None,
+            snapshots=open_snapshots(snapshot, self.events),
         )
         self._eval_data = Prefetcher(eval.data) if eval else None
 
@@ -244,27 +248,23 @@ class Trainer:
 
         Raises:
             Preempted: After saving, when asked to leave.
+            Halted: With the state in a snapshot, when asked to halt.
             CertificateError: If a change altered bits.
             NonFiniteError: If the loss is not finite.
-            LostStateError: If shards were lost and there is no checkpoint.
+            LostStateError: If shards were lost and are in no snapshot or checkpoint.
         """
         controller = self._controller
         membership = scripted({}) if membership is None else membership
-        if not hasattr(membership, "poll"):
-            raise MembershipError(
-                "Trainer.run: membership must be made by sk.scripted, sk.signals, "
-                f"sk.watch_file or sk.combine, found {membership!r}"
-            )
-        membership.check(len(controller.placements.pool))
-        if jax.process_count() > 1 and not membership.is_shared:
-            raise MembershipError(
-                "several processes must change at the same step, which signals and "
-                "watched files cannot promise; use sk.scripted there"
-            )
-
+        check_source(membership, len(controller.placements.pool), jax.process_count())
         controller.scripted = membership.expected()
         stop = membership.start()
-        metrics = self._run(steps, membership)
+        due: dict[Callable[[], Any], int] = {}
+        if self._eval:
+            due[self.evaluate] = self._eval.every
+        if self._checkpoint:
+            due[functools.partial(self.save, wait=False)] = self._checkpoint.every
+        pending = Pending(check_gradients=self._recipe.loss_scale is None)
+        metrics = train(controller, steps, membership, pending, due)
         try:
             while True:
                 # What the caller does between two steps is never given up.
@@ -277,55 +277,6 @@ class Trainer:
             metrics.close()
             stop()
 
-    def _run(
-        self, steps: int, membership: Membership
-    ) -> Generator[StepMetrics, None, None]:
-        pending = Pending(check_gradients=self._recipe.loss_scale is None)
-        try:
-            yield from self._steps(steps, membership, pending)
-        except GivenUp:
-            # Only what has been looked at is saved.
-            yield from pending.flush()
-            self._controller.leave()
-
-    def _steps(
-        self, steps: int, membership: Membership, pending: Pending
-    ) -> Iterator[StepMetrics]:
-        controller = self._controller
-        pool = controller.placements.pool
-        while controller.step < steps:
-            asked, count = controller.num_asked, controller.num_devices
-            change = ask(membership, controller.step, asked, pool, self.events)
-            if change.leave:
-                raise GivenUp
-            change = controller.next_change(change)
-            wanted = change.num_devices or count
-            moves = controller.live is not None and wanted != count
-            if moves:
-                yield from pending.flush()
-            controller.start(wanted)
-            metrics = controller.reconfigure(wanted, change) if moves else None
-            if metrics is None:
-                metrics = self._first_step() if moves else controller.advance()
-            placement, _ = controller.start()
-            yield from pending.push(controller.step - 1, placement, metrics)
-            if self._eval and self._is_due(self._eval.every):
-                yield from pending.flush()
-                self.evaluate()
-            if self._checkpoint and self._is_due(self._checkpoint.every):
-                yield from pending.flush()
-                self.save(wait=False)
-        yield from pending.flush()
-        controller.wait_for_saves()
-
-    def _first_step(self) -> dict[str, jax.Array]:
-        """Runs the step after a change, and waits for it, to tell how long it took."""
-        with self.events.phase("first_step", step=self.step):
-            return jax.block_until_ready(self._controller.advance())
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
-
     def evaluate(self) -> dict[str, float]:
         """Evaluates on the fixed set, to the same bits on every mesh.
 
@@ -335,9 +286,8 @@ class Trainer:
         if self._eval is None or self._eval_data is None:
             raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
         placement, state = self._controller.start()
-        get = functools.partial(
-            self._eval_data.get, check=self._controller.waiter.check
-        )
+        check = self._controller.waiter.check
+        get = functools.partial(self._eval_data.get, check=check)
         with self.events.phase("eval", step=self.step) as fields:
             result = evaluate(self._eval, placement, state, self.step, get)
             fields.update(result)
@@ -359,32 +309,46 @@ class Trainer:
         """
         self._controller.save(wait=wait)
 
-    def restore(self, step: int | None = None, remap: Remap | None = None) -> int:
-        """Goes to a saved step, the newest by default, on whatever devices are there.
+    def restore(
+        self,
+        step: int | None = None,
+        remap: Remap | None = None,
+        source: str | Path | None = None,
+    ) -> int:
+        """Goes to a saved step on whatever devices are there, and returns it.
 
-        The state is read, and verified block by block, when it is first needed. If
-        the newest turns out to be damaged and no certain step was asked for, the run
-        goes on from the newest that is whole, and a notice says so.
+        The state is read, and verified block by block, when it is first needed. If the
+        newest is damaged and no certain step was asked for, the run goes on from the
+        newest that is whole, and a notice says so.
 
         Args:
             step: Which; the newest by default.
             remap: Rules that make this run's state of what another layout, or another
                 library, has saved. The checkpoint may then be of another run.
-
-        Returns:
-            The step.
+            source: Whose checkpoint a new run begins from, if not its own.
 
         Raises:
             RestoreError: If there is none, or it is of another run.
             ConfigError: If the trainer was made without `checkpoint`.
         """
-        return self._controller.restore(step, remap)
+        return self._controller.restore(step, remap, source)
+
+    def go_on(self) -> int:
+        """Goes to the newest snapshot of an earlier process of this very run.
+
+        Returns:
+            The step; 0 if there is none.
+        """
+        return self._controller.go_on()
+
+    def ready(self) -> None:
+        """Compiles, or loads, what the first step on all devices needs."""
+        placement = self._controller.placements.on(self._controller.num_devices)
+        placement.compile()
+        placement.meet()
 
     def wait_for_standby(self, timeout_s: float) -> bool:
-        """Waits until nothing is made ready in the background; whether it was in time.
-
-        For measurements and tests: a run itself never waits for that.
-        """
+        """Waits until nothing is made ready, as runs never do; whether in time."""
         return self._controller.wait_for_standby(timeout_s)
 
     def close(self) -> None:

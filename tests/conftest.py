@@ -77,3 +77,13 @@ def terminal(out):
     from shardkit.report import Terminal
 
     return Terminal(Console(file=out, force_terminal=False))
+
+
+@pytest.fixture
+def segments():
+    """Segments of a host of a run, gone afterwards."""
+    from shardkit.snapshot.segments import Segments, reclaim
+
+    run = os.urandom(6).hex()
+    yield Segments(run, "host-0")
+    reclaim(run)

@@ -14,6 +14,7 @@ from shardkit.config import (
     OptimizerSection,
     Override,
     RunConfig,
+    SnapshotSection,
     TrainSection,
     differences,
     dump_toml,
@@ -306,6 +307,7 @@ def configs(draw):
         axis_rules=draw(st.dictionaries(text, text, max_size=3)),
         train=TrainSection(steps=draw(positive), ema=draw(st.none() | st.just(0.5))),
         checkpoint=CheckpointSection(every=draw(positive)),
+        snapshot=SnapshotSection(every=draw(st.integers(0, 9))),
         devices=draw(st.none() | positive),
         resize=draw(text),
     )

@@ -32,20 +32,27 @@ TIERS = [
     "carry",
     "recipe resharding",
     "state_moves",
+    "staging",
     "placement",
     "placements",
     "elastic metrics checkpoint evaluation",
+    "snapshot",
+    "certificate rescue chaos",
     "controller",
+    "leaving",
+    "loop",
     "trainer",
+    "cluster",
     "config",
     "optim report cli testing",
+    "supervised",
     "command",
     "__main__",
     "shardkit",
     "build",
 ]
 TIER_OF = {name: tier for tier, names in enumerate(TIERS) for name in names.split()}
-OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn"}
+OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn", "zfec"}
 MAX_LINES = 400
 
 
@@ -130,7 +137,9 @@ def test_the_package_knows_no_models():
 
 
 def test_models_and_train_use_the_public_names_only():
-    entry_points = {f"shardkit.{name}" for name in ("build", "cli", "report")}
+    entry_points = {
+        f"shardkit.{name}" for name in ("build", "cli", "report", "supervised")
+    }
 
     def is_private(path, name, _):
         allowed = entry_points if path == Path("train.py") else set()
@@ -179,8 +188,10 @@ def test_no_module_is_too_long():
 @pytest.mark.parametrize(
     "module",
     [
-        *("", ".checkpoint", ".cli", ".command.main", ".config", ".data"),
-        *(".membership", ".prefetch", ".report"),
+        *("", ".checkpoint", ".cli", ".cluster.asking", ".cluster.web"),
+        *(".command.main", ".config", ".data", ".membership", ".prefetch"),
+        *(".report", ".snapshot.assignment", ".snapshot.cost"),
+        *(".snapshot.rebuild", ".snapshot.recovery", ".snapshot.segments"),
     ],
 )
 def test_importing_does_not_import_jax(module):

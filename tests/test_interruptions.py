@@ -51,7 +51,9 @@ def test_lost_devices_without_replicas_repeat_steps(make, tmp_path):
     assert [m.step for m in seen] == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
     assert [m.num_devices for m in seen][4:] == [8, 4, 4, 4, 4, 8, 8]
     assert trainer.state_digest() == run_digest(twin, 9)["state"]
-    assert fields_of(events, "rewind") == [{"step": 3, "repeats": 2}]
+    assert fields_of(events, "rewind") == [
+        {"step": 3, "repeats": 2, "source": "checkpoint"}
+    ]
     [notice] = fields_of(events, "notice")
     assert "step 3 restored" in notice["message"]
     lost, back = fields_of(events, "reconfigure")

@@ -73,6 +73,22 @@ def test_the_line_of_a_first_step_counts_from_the_change(tmp_path, terminal):
     assert record == {"event": "first_step", "step": 5, "start_s": 0.25}
 
 
+def test_the_step_really_begun_from_is_said(tmp_path, terminal, out):
+    directory = open_run(tmp_path / "run")
+    train(directory, terminal, 4)
+    log = EventLog()
+    with Report(directory, terminal, extras=False) as report:
+        log.subscribe(report.event)
+        report.begin(4, is_read=False)
+        assert "train: steps 4" not in out.getvalue()
+        log.emit("restored", step=2)
+        # A run that goes back later has begun already.
+        log.emit("restored", step=1)
+        report.step(Metrics(2))
+    assert out.getvalue().count("train: steps 2 to 20") == 1
+    assert steps_in(directory.metrics) == [0, 1, 2]
+
+
 def test_a_loss_that_is_not_finite_stays_json(tmp_path, terminal):
     with Report(open_run(tmp_path / "run"), terminal, extras=False) as report:
         report.begin(0)

@@ -36,7 +36,7 @@ _EVENTS = {
     "forward": ("step", 0.3),
     "collective": ("step", 0.9),
     "snapshot": ("snapshot", 0.0),
-    "reshard": ("move", 0.0),
+    "reshard": ("reconfigure", 0.0),
     "save": ("checkpoint", 0.0),
     "eval": ("eval", 0.0),
     "compile": ("compile", 0.0),
@@ -88,7 +88,7 @@ def parse_fault(text: str) -> Fault:
     """
     name, _, rest = text.partition(":")
     kind, _, point = name.partition("@")
-    types_: Mapping[str, Callable[[str], Any]] = {
+    readers: Mapping[str, Callable[[str], Any]] = {
         "step": int,
         "process": int,
         "generation": int,
@@ -98,7 +98,9 @@ def parse_fault(text: str) -> Fault:
         if kind not in KINDS or point not in POINTS:
             raise ValueError
         fields = dict(part.split("=") for part in rest.split(",") if part)
-        given = {key: types_[key](value) for key, value in fields.items()}
+        given: dict[str, Any] = {
+            key: readers[key](value) for key, value in fields.items()
+        }
         if any(not 0 <= value < 1e9 for value in given.values()):
             raise ValueError
         return Fault(kind=kind, point=point, **given)

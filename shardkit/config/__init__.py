@@ -16,6 +16,7 @@ from shardkit.config.schema import MeshSection as MeshSection
 from shardkit.config.schema import ModelSection as ModelSection
 from shardkit.config.schema import OptimizerSection as OptimizerSection
 from shardkit.config.schema import RunConfig as RunConfig
+from shardkit.config.schema import SnapshotSection as SnapshotSection
 from shardkit.config.schema import TrainSection as TrainSection
 from shardkit.config.schema import differences as differences
 from shardkit.config.schema import identity as identity

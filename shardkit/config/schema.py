@@ -19,6 +19,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "RunConfig",
+    "SnapshotSection",
     "TrainSection",
     "differences",
     "identity",
@@ -30,6 +31,7 @@ FREE_ON_RESUME = (
     "devices",
     "resize",
     "mesh",
+    "snapshot",
     "train.steps",
     "train.log_every",
     "train.standby",
@@ -239,6 +241,22 @@ class CheckpointSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotSection:
+    """When the state is copied to host memory, to go on from after a loss of devices.
+
+    The two newest copies are kept, and a device holds its part of the state twice while
+    one is made. A copy is made beside the steps, which hardly wait.
+    """
+
+    every: int = 0
+    """Steps between snapshots; 0 takes none. With 1 no more is repeated than the step
+    in flight, and a change after a loss is certified like any other."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "every")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run, whole."""
 
@@ -251,6 +269,7 @@ class RunConfig:
     """Logical axis name to mesh axis, over the rules the model brings along; empty
     text leaves the dim whole."""
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    snapshot: SnapshotSection = field(default_factory=SnapshotSection)
     devices: int | None = None
     """Size of the pool; None is 8 emulated devices, or every real one."""
     resize: str = ""

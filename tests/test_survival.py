@@ -1,0 +1,122 @@
+"""Real training under a supervisor, hurt at named points: the bits of an unhurt run.
+
+A process is ended, frozen, starved, made to fail, or loses its host, its messages or
+its supervisor, while it computes, copies, saves, restores or joins.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shardkit.snapshot.segments import default_directory
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+PROCESSES = 3
+LIMIT_S = 280
+RUN = [
+    *(sys.executable, "train.py", "configs/digits.toml"),
+    *("--devices", str(PROCESSES), "--resize", f"0:{PROCESSES},6:{PROCESSES}"),
+    *("--mesh.data", "1", "--mesh.fsdp", "-1", "--train.eval_every", "5"),
+    *("--steps", str(STEPS), "--checkpoint.every", "4"),
+]
+KINDS = ("kill", "freeze", "error", "exhaust", "host", "drop", "delay", "supervisor")
+POINTS = ("forward", "collective", "snapshot", "save", "eval", "restore", "join")
+# Short windows, so that what is frozen is missed soon.
+DEADLINES = "step_floor_s=6,silence_s=3,end_s=5,snapshot_s=20,slot_s=25"
+
+pytestmark = pytest.mark.multiprocess
+
+
+def environment():
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory):
+    """The digest of the run in one process."""
+    out = tmp_path_factory.mktemp("unhurt") / "run"
+    subprocess.run(
+        [*RUN, "--out", str(out)],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        timeout=LIMIT_S,
+        capture_output=True,
+    )
+    return summary(out)
+
+
+def summary(out):
+    found = json.loads((out / "summary.json").read_text())
+    return found["state_digest"], found["steps"]
+
+
+def survive(tmp_path, *faults, redundancy="mirror"):
+    """Runs it, hurt; returns what it came to and what was said."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "shardkit", "launch"]
+    command += ["--processes", str(PROCESSES), "--out-dir", str(tmp_path / "cluster")]
+    command += ["--redundancy", redundancy, "--deadlines", DEADLINES]
+    for fault in faults:
+        command += ["--fault", fault]
+    start_s = time.monotonic()
+    done = subprocess.run(
+        [*command, "--", *RUN, "--out", str(out)],
+        cwd=ROOT,
+        env=environment(),
+        timeout=LIMIT_S,
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-4000:]
+    check_nothing_is_left(said, out)
+    return summary(out), said, time.monotonic() - start_s
+
+
+def check_nothing_is_left(said, out):
+    run = said.split("shardkit: run ", 1)[1].split()[0]
+    assert not list(default_directory().glob(f"shardkit-{run}-*"))
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            assert str(out).encode() not in (directory / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def test_an_unhurt_cluster_computes_the_same(tmp_path, unhurt):
+    found, said, _ = survive(tmp_path)
+    assert found == unhurt
+    assert "going on" not in said
+
+
+@pytest.mark.parametrize(
+    "fault", ["kill@snapshot:step=5,process=1", "freeze@forward:step=7,process=2"]
+)
+def test_one_fault_changes_no_bit(fault, tmp_path, unhurt):
+    found, said, _ = survive(tmp_path, fault)
+    assert found == unhurt
+    assert "going on from step" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("kind", "point"), itertools.product(KINDS, POINTS))
+def test_every_fault_at_every_point_changes_no_bit(kind, point, tmp_path, unhurt):
+    faults = [f"{kind}@{point}:step=5,process=1"]
+    if point in ("restore", "join"):
+        # These are parts of a recovery, for which something else must fail first.
+        faults = [
+            "kill@forward:step=4,process=2",
+            f"{kind}@{point}:process=1,generation=2",
+        ]
+    found, _, _ = survive(tmp_path, *faults)
+    assert found == unhurt
