@@ -31,7 +31,7 @@ POINTS = ("forward", "collective", "snapshot", "save", "eval", "restore", "join"
 # Short windows, so that what is frozen is missed soon.
 DEADLINES = "step_floor_s=6,silence_s=3,end_s=5,snapshot_s=20,slot_s=25"
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 
 def environment():
@@ -109,7 +109,7 @@ def test_one_fault_changes_no_bit(fault, tmp_path, unhurt):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kind", "point"), itertools.product(KINDS, POINTS))
+@pytest.mark.parametrize(("kind", "point"), list(itertools.product(KINDS, POINTS)))
 def test_every_fault_at_every_point_changes_no_bit(kind, point, tmp_path, unhurt):
     faults = [f"{kind}@{point}:step=5,process=1"]
     if point in ("restore", "join"):
