@@ -160,7 +160,7 @@ def main():
         state = advance(state, step, ring)
         step += 1
         time.sleep(options.get("pause_s", 0.02))
-        member.progress(step, "snapshot")
+        member.progress(step, "step")
         slot = member.reserve(mine.num_bytes)
         mine.write(slot.memory, step, state)
         member.commit(slot, step)
