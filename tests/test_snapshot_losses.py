@@ -337,6 +337,7 @@ def test_a_later_process_goes_on_from_what_the_store_has(make, expected):
     consume(trainer, 5)
     trainer.close()
     successor, _ = make(snapshot=sk.SnapshotConfig(store=store))
+    assert successor.go_on() == 5
     assert [m.step for m in consume(successor, 8, {0: 3})] == [5, 6, 7]
     assert successor.state_digest() == expected(8)
 
