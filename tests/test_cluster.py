@@ -95,6 +95,7 @@ def test_two_workers_killed_at_once(launch):
     check_end(cluster, 60)
 
 
+@pytest.mark.slow
 def test_a_second_failure_during_recovery(launch):
     cluster = launch(steps=60)
     cluster.wait_step(5)
@@ -156,6 +157,7 @@ def test_the_supervisor_is_killed(launch):
     assert len(before) == 4
 
 
+@pytest.mark.slow
 def test_the_supervisor_is_killed_with_a_worker(launch):
     cluster = launch(steps=60)
     cluster.wait_step(5)
@@ -217,6 +219,7 @@ def test_leaving_saves_first_and_can_be_gone_on_from(launch):
     check_end(again, 60)
 
 
+@pytest.mark.slow
 def test_leaving_during_recovery_saves_too(launch):
     cluster = launch(steps=60, counter={"preload_s": 0.5})
     cluster.wait_step(10)
@@ -246,6 +249,7 @@ def test_a_launcher_that_is_killed_leaves_nothing(launch):
     wait_for(lambda: not cluster.segments(), "the end of all segments", 10)
 
 
+@pytest.mark.slow
 def test_too_few_devices_are_waited_for_and_then_the_state_is_saved(launch):
     cluster = launch(
         steps=10000,
@@ -265,6 +269,7 @@ def test_too_few_devices_are_waited_for_and_then_the_state_is_saved(launch):
     assert "the state is saved" in errors
 
 
+@pytest.mark.slow
 def test_a_frozen_agent_is_a_lost_host(launch):
     cluster = launch(steps=300)
     cluster.wait_step(5)
@@ -287,6 +292,7 @@ def test_a_frozen_supervisor_is_replaced(launch):
     assert cluster.notes(what="begin") == cluster.notes(what="begin", generation=1)
 
 
+@pytest.mark.slow
 def test_several_processes_on_a_host(launch):
     cluster = launch(steps=60, processes=5, hosts=2, devices=7)
     cluster.wait_step(5)

@@ -92,6 +92,7 @@ def test_a_lost_host_loses_nothing(launch, redundancy):
     assert "MB of a host's memory, what protects them" in errors
 
 
+@pytest.mark.slow
 def test_two_hosts_at_once(launch):
     cluster = launch("parity:2")
     step = protected_step(cluster)
@@ -100,6 +101,7 @@ def test_two_hosts_at_once(launch):
     check_end(cluster)
 
 
+@pytest.mark.slow
 def test_several_processes_on_each_host(launch):
     cluster = launch("parity", processes=5, hosts=3, devices=10)
     step = protected_step(cluster)
@@ -118,6 +120,7 @@ def test_without_redundancy_a_lost_host_takes_the_run_back_to_disk(launch):
     assert "the newest checkpoint on disk is next" in errors
 
 
+@pytest.mark.slow
 def test_a_host_lost_while_its_images_are_protected(launch):
     cluster = launch("parity", ballast=16 << 20, steps=40)
     for count in (1, 2):
@@ -141,6 +144,7 @@ def losses(status):
     return [x for x in status["recoveries"] if "lost its agent" in x["cause"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redundancy", ["parity", "parity:2"])
 def test_a_host_lost_while_images_are_rebuilt(launch, redundancy):
     cluster = launch(redundancy, ballast=48 << 20, steps=20, step=3)
@@ -199,6 +203,7 @@ def flip(place):
         file.write(bytes([value ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redundancy", ["none", "mirror", "parity"])
 def test_a_flipped_bit_is_found_and_mended(launch, redundancy):
     cluster = launch(redundancy, steps=120)
@@ -216,6 +221,7 @@ def test_a_flipped_bit_is_found_and_mended(launch, redundancy):
     check_end(cluster, 120)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_what_protects_a_lost_host(launch):
     cluster = launch("mirror", steps=120)
     newer = still_with_two_steps(cluster)[-1]
@@ -232,6 +238,7 @@ def test_a_flipped_bit_in_what_protects_a_lost_host(launch):
     check_end(cluster, 120)
 
 
+@pytest.mark.slow
 def test_the_supervisor_is_killed_with_a_host(launch):
     cluster = launch("parity")
     step = protected_step(cluster)
@@ -245,6 +252,7 @@ def test_the_supervisor_is_killed_with_a_host(launch):
     check_end(cluster)
 
 
+@pytest.mark.slow
 def test_the_supervisor_is_killed_while_images_are_rebuilt(launch):
     cluster = launch("parity", ballast=48 << 20, steps=20, step=3)
     step = protected_step(cluster)
