@@ -302,7 +302,7 @@ def connect_to_ray(address: str, temporary: str, num_cpus: int) -> Any:
         temporary: Where one that is started keeps its files.
         num_cpus: How many processors it may give away.
     """
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     options: dict[str, Any] = {"address": address}
     if not address:

@@ -105,7 +105,9 @@ def make_actor(
         ip: Where the host's agent listens.
         resources: What it takes of the node.
     """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
+        NodeAffinitySchedulingStrategy,
+    )
 
     more = dict(resources)
     env = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
