@@ -199,7 +199,13 @@ def test_fast_is_exact_but_for_rounding(begin, compile_cache):
         trainer.close()
 
 
-@pytest.mark.parametrize("problem", ["gpt-clip-adamw-13", "digits-adafactor-13"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param("gpt-clip-adamw-13", marks=pytest.mark.slow),
+        "digits-adafactor-13",
+    ],
+)
 def test_who_computes_how_much_enters_no_bit(problem, uninterrupted):
     # From a device that computes nothing to one that computes most.
     speeds = {0: 0.01, 1: 3, 2: 0.5, 5: 20}

@@ -57,6 +57,7 @@ def test_a_snapshot_comes_back_on_any_mesh(shapes, old, new, seed):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_state_of_every_problem_comes_back(name, compile_cache):
     rng = np.random.default_rng(len(name))
