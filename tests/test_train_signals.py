@@ -146,7 +146,8 @@ def test_what_is_said_of_a_twin_stays_true_when_the_run_goes_on(run):
     # What lies behind the end of a finished run is of no interest.
     code, said = run(*args, "--steps", "2", "--resume")
     assert code == 0
-    assert said == "out: finished already, at step 4\n"
+    asked = "beyond step 2 that is asked for"
+    assert said == f"out: finished already, at step 4, {asked}\n"
     assert directory().summary()["twin"] == twin
 
 
