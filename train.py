@@ -24,17 +24,14 @@ def main(argv: list[str]) -> int:
         arguments = cli.parse_arguments(argv)
         prepared: list[Built] = []
         supervision = supervised.join_supervisor(
-            lambda: preload(arguments),
+            lambda: build.import_all(arguments.config),
             lambda assignment: prepared.append(prepare(arguments, assignment)),
         )
         if supervision is not None:
             return train_supervised(arguments, supervision, *prepared[:1] or [None])
         return train(arguments)
-    except sk.Preempted as error:
-        say_last(f"{type(error).__name__}: {error}", error)
-        return cli.exit_code(error)
     except sk.ShardkitError as error:
-        if supervision is not None:
+        if supervision is not None and not isinstance(error, sk.Preempted):
             # Not bad input, since there is a run; the supervisor hears of it.
             raise
         say_last(f"{type(error).__name__}: {error}", error)
@@ -47,11 +44,6 @@ def main(argv: list[str]) -> int:
 def say_last(message: str, error: BaseException) -> None:
     """Says why it ends, and then what the error was given on its way here."""
     print(message, *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
-
-
-def preload(arguments: cli.Arguments) -> None:
-    """Imports what the run will need, while this process waits to be needed."""
-    build.import_all(arguments.config)
 
 
 class Built:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from shardkit.cluster import Assignment
 from shardkit.cluster.channel import Channel
 from shardkit.cluster.wire import WireError
 from shardkit.snapshot.segments import reclaim
@@ -17,6 +18,17 @@ from shardkit.snapshot.segments import reclaim
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ROOT / "tests" / "workers" / "launch_counter.py"
 LIMIT_S = 60
+ASSIGNMENT = Assignment(
+    generation=3,
+    process_index=0,
+    num_processes=1,
+    coordinator="127.0.0.1:1",
+    num_devices=1,
+    num_local_devices=1,
+    device_offset=0,
+    host="host-0",
+    hosts=("host-0",),
+)
 
 
 def wait_for(look, what, limit_s=LIMIT_S):

@@ -4,6 +4,7 @@ import json
 import threading
 
 import pytest
+from clusters import ASSIGNMENT
 
 from shardkit.cluster import Assignment, ImageRef, Member, Resume
 from shardkit.cluster.deadlines import Deadlines
@@ -12,18 +13,6 @@ from shardkit.cluster.wire import (
     Unanswered,
 )
 from shardkit.errors import ClusterError
-
-ASSIGNMENT = Assignment(
-    generation=3,
-    process_index=0,
-    num_processes=1,
-    coordinator="127.0.0.1:1",
-    num_devices=1,
-    num_local_devices=1,
-    device_offset=0,
-    host="host-0",
-    hosts=("host-0",),
-)
 
 
 class Line:

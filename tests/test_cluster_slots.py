@@ -4,8 +4,8 @@ import asyncio
 
 import numpy as np
 import pytest
+from clusters import ASSIGNMENT
 
-from shardkit.cluster import Assignment
 from shardkit.cluster.desk import Desk
 from shardkit.cluster.launch import open_directory
 from shardkit.cluster.settings import write_private
@@ -14,18 +14,6 @@ from shardkit.errors import ConfigError, SaveError
 from shardkit.snapshot.image import ImageWriter
 from shardkit.snapshot.layout import ImageLayout, MeshRecord, Piece, SnapshotLeaf
 from shardkit.snapshot.segments import Segments
-
-ASSIGNMENT = Assignment(
-    generation=3,
-    process_index=0,
-    num_processes=1,
-    coordinator="127.0.0.1:1",
-    num_devices=1,
-    num_local_devices=1,
-    device_offset=0,
-    host="host-0",
-    hosts=("host-0",),
-)
 
 
 def commit(slots, name, step, generation=1):

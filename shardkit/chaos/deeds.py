@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shardkit.chaos.faults import Fault
 from shardkit.errors import ShardkitError
-from shardkit.snapshot.segments import default_directory
+from shardkit.snapshot.segments import Segments
 
 __all__ = [
     "Deeds",
@@ -65,7 +65,6 @@ class Deeds:
         disturb: Callable[[str], None],
         kill_supervisor: Callable[[], None],
     ) -> None:
-        self._run, self._host = run, host
         self._deeds: dict[str, Callable[[], object]] = {
             "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
             "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -123,7 +122,8 @@ def slow_down(pid: int, *, for_s: float = _SLOW_S) -> "subprocess.Popen[bytes]":
 
 def corrupt_newest(run: str, host: str) -> None:
     """Flips a bit in the middle of the image that was written last on a host."""
-    found = list(default_directory().glob(f"shardkit-{run}-{host}-*"))
+    segments = Segments(run, host)
+    found = [segments.path(name) for name in segments.names()]
     with contextlib.suppress(ValueError, OSError):
         newest = max(found, key=lambda path: path.stat().st_mtime_ns)
         with newest.open("r+b") as file:

@@ -160,7 +160,6 @@ class History:
         Args:
             step: What was saved after it is made, and saved, again.
         """
-        self._checkpoints.begin()
         self._own = {saved for saved in self.steps() if saved <= step}
         self._checkpoints.go_back(step)
 

@@ -5,6 +5,7 @@ the exit code is the run's.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -199,11 +200,9 @@ def check_redundancy(text: str) -> str:
         >>> check_redundancy("parity:2")
         'parity:2'
     """
-    name, colon, count = text.partition(":")
-    is_counted = name == "parity" and count.isdecimal()
-    is_plain = name in ("none", "mirror", "parity") and not colon
-    if is_plain or (is_counted and 1 <= int(count) <= _MOST_LOSSES):
-        return text
+    with contextlib.suppress(ConfigError):
+        if Redundancy.parse(text).num_losses <= _MOST_LOSSES:
+            return text
     raise argparse.ArgumentTypeError(
         f"expected none, mirror, parity or parity:M with M from 1 to {_MOST_LOSSES}, "
         f"found {text!r}"

@@ -186,11 +186,6 @@ class ProtectionPlan:
         """Where the blocks begin: before that is all that is known of the images."""
         return align(self.heads_start + sum(map(len, self.head_bytes)))
 
-    @property
-    def parity_bytes(self) -> int:
-        """The bytes of the blocks."""
-        return sum(block.codeword.num_bytes for block in self.blocks)
-
     @functools.cached_property
     def wants(self) -> tuple[Want, ...]:
         """The bytes of other hosts' images that the blocks are made of."""

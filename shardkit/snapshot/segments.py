@@ -99,7 +99,7 @@ class Segments:
         Raises:
             SaveError: If there is no room, or one of that name exists.
         """
-        path, where = self._path(name), self._where(name)
+        path, where = self.path(name), self._where(name)
         if num_bytes < 1:
             raise ConfigError(f"{where}: expected 1 byte or more, found {num_bytes}.")
         free = free_bytes(self.directory)
@@ -133,7 +133,7 @@ class Segments:
             RestoreError: If it is not there, or not what `create` makes: a file of this
                 user with mode 0600 and one name.
         """
-        path, where = self._path(name), self._where(name)
+        path, where = self.path(name), self._where(name)
         try:
             fd = os.open(path, _OPEN | os.O_NONBLOCK)
         except OSError as error:
@@ -155,11 +155,13 @@ class Segments:
 
     def path(self, name: str) -> Path:
         """The file of a segment, for those who are told of it to map."""
-        return self._path(name)
+        return self.directory / (
+            f"{_PREFIX}{self.run}-{self.host}-{_checked(name, _FIELD, 'segment')}"
+        )
 
     def unlink(self, name: str) -> None:
         """Removes a segment; those that map it keep their memory. No error if gone."""
-        self._path(name).unlink(missing_ok=True)
+        self.path(name).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """The names of this host's segments, sorted."""
@@ -175,11 +177,6 @@ class Segments:
         for name in names:
             self.unlink(name)
         return names
-
-    def _path(self, name: str) -> Path:
-        return self.directory / (
-            f"{_PREFIX}{self.run}-{self.host}-{_checked(name, _FIELD, 'segment')}"
-        )
 
     def _where(self, name: str) -> str:
         return f"segment {name} of {self.host}"
