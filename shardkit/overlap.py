@@ -49,7 +49,7 @@ class Overlap:
         >>> overlap = Overlap(lambda num_devices: program.wait, events)
         >>> overlap.next(Change(6, grace_s=60), step=3, num_devices=8)
         announced {'step': 3, 'from_devices': 8, 'to_devices': 6}
-        Change(num_devices=None, lost=False, leave=False, grace_s=0.0)
+        Change(num_devices=None, lost=False, leave=False, grace_s=0.0, halt=False)
         >>> program.set()
         >>> overlap.wait(timeout_s=5)
         True
