@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiprocess
 
 def test_two_processes_go_on_from_their_snapshots(tmp_path):
     port = free_port()
-    first, _ = finish(*[start("snapshotted", port, i, 2, tmp_path) for i in range(2)])
+    first, _ = finish(*[start("snapshotting", port, i, 2, tmp_path) for i in range(2)])
     found = json.loads(first)
     trainer = sk.Trainer(**PROBLEMS["linear-clip-adam-ema"]())
     run_digest(trainer, 3)

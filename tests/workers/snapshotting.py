@@ -1,6 +1,6 @@
 """One of several processes that lose devices and go on from their snapshots.
 
-python snapshotted.py PORT PROCESS_ID NUM_PROCESSES DIRECTORY
+python snapshotting.py PORT PROCESS_ID NUM_PROCESSES DIRECTORY
 
 Every image is a file in the directory, which stands for memory that outlives the
 process. Process 0 prints what it saw as JSON.
