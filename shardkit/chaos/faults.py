@@ -60,7 +60,7 @@ class Fault:
         step: Not before this step.
         process: Whom it hits: its index in the generation.
         generation: In which generation.
-        after_s: Seconds after the point was reached.
+        after_s: Seconds after the point was reached; what is raised, is raised there.
     """
 
     kind: str
@@ -194,7 +194,9 @@ class FaultPoints:
             if event != name or self._step < fault.step:
                 continue
             self._faults.remove(fault)
-            wait_s = fault.after_s + part * self._step_s
+            is_raised = fault.kind in ("error", "exhaust")
+            # An exception of a timer's thread would end nothing but that thread.
+            wait_s = 0.0 if is_raised else fault.after_s + part * self._step_s
             if wait_s:
                 timer = threading.Timer(wait_s, self._do, [fault])
                 timer.daemon = True
