@@ -23,6 +23,11 @@ from shardkit.command.main import main
             "expected at least 2, one a process, found 1",
         ),
         (["--processes", "2", "--min-devices", "9", "--", "true"], "at most 2, all"),
+        (
+            # The last one counts, as it does for the program itself.
+            "--processes 2 -- true --devices 9 --devices 1".split(),
+            "--devices: expected at least 2, one a process, found 1",
+        ),
         (["--processes", "2", "--redundancy", "raid", "--", "true"], "found 'raid'"),
         (["--processes", "2", "--redundancy", "parity:0", "--", "x"], "'parity:0'"),
         (

@@ -173,12 +173,13 @@ def _check_protection(text: str, hosts: list[str]) -> None:
 
 
 def _devices_of(argv: list[str]) -> int | None:
-    """Finds `--devices N` in a command."""
+    """Finds `--devices N` in a command, the last one if there are several."""
+    found = None
     for word, after in itertools.pairwise([*argv, ""]):
         name, equals, text = word.partition("=")
         if name == "--devices" and (text if equals else after).isdecimal():
-            return int(text if equals else after) or None
-    return None
+            found = int(text if equals else after) or None
+    return found
 
 
 def _read_deadlines(values: dict[str, str]) -> Deadlines:
