@@ -29,7 +29,6 @@ from shardkit.snapshot.config import SnapshotConfig
 
 __all__ = ["Part", "Supervision", "join_supervisor", "leave"]
 
-_CLAIM_S = 60.0
 _POLL_S = 0.01
 
 
@@ -43,6 +42,8 @@ class Part:
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self.store = MemberStore(assignment, os.environ["SHARDKIT_RUN"])
+        # It may be preparing, and is told of no others then.
+        self._meet_s = Deadlines.of_environment(os.environ).meet_s
 
     @property
     def is_first(self) -> bool:
@@ -66,19 +67,19 @@ class Part:
             draft = shared.with_name(f".out-{os.getpid()}")
             draft.write_text(str(claim(stem).absolute()), encoding="utf-8")
             draft.replace(shared)
-        end_s = time.monotonic() + _CLAIM_S
+        end_s = time.monotonic() + self._meet_s
         while not shared.exists():
             if time.monotonic() > end_s:
                 raise ConfigError(
-                    f"{shared}: process 0 did not say for {_CLAIM_S:g} s where the run "
-                    "is kept; name it with --out DIR"
+                    f"{shared}: process 0 did not say for {self._meet_s:g} s (meet_s) "
+                    "where the run is kept; name it with --out DIR"
                 )
             time.sleep(_POLL_S)
         return Path(shared.read_text(encoding="utf-8"))
 
     def start_jax(self) -> None:
         """Joins JAX of this process to that of the others; before devices are used."""
-        start_jax(self.assignment, timeout_s=Deadlines().form_s)
+        start_jax(self.assignment, timeout_s=self._meet_s)
 
     def snapshots(self, every: int) -> SnapshotConfig:
         """Keeps them with the agent of this host.

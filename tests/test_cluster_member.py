@@ -8,6 +8,7 @@ from clusters import ASSIGNMENT
 
 from shardkit.cluster import Assignment, ImageRef, Member, Resume
 from shardkit.cluster.deadlines import Deadlines
+from shardkit.cluster.fetching import Span
 from shardkit.cluster.wire import (
     Closed,
     Unanswered,
@@ -165,9 +166,16 @@ def test_images_are_read_within_their_bounds(member, segments):
     segments.path(name).write_bytes(bytes(range(16)))
     found, _, _ = member({"where": {"type": "file", "path": str(segments.path(name))}})
     ref = ImageRef(host="host-0", address="", name=name, process=0, num_bytes=16)
-    assert bytes(found.fetch(ref, 3, 4)) == bytes([3, 4, 5, 6])
+    spans = [Span(ref, 3, 4), Span(ref, 0, 1)]
+    assert [bytes(x) for x in found.fetch_all(spans)] == [bytes([3, 4, 5, 6]), b"\0"]
     with pytest.raises(ClusterError, match="bytes 10 to 17 were asked for, it has 16"):
-        found.fetch(ref, 10, 7)
+        found.fetch_all([Span(ref, 10, 7)])
+
+
+def test_what_was_fetched_is_told(member):
+    found, line, _ = member()
+    found.restored()
+    assert {"type": "restored", "fetched_bytes": 0} in line.sent
 
 
 def test_assignments_survive_json():

@@ -22,6 +22,7 @@ DEADLINES = Deadlines(
     form_s=30,
     slot_s=30,
     halt_s=20,
+    meet_s=10,
     start_s=40,
     restore_s=40,
     snapshot_s=30,

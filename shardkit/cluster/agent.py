@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardkit.cluster.deadlines import ENVIRONMENT
 from shardkit.cluster.host_memory import HostMemory
 from shardkit.cluster.ports import FreshPort
 from shardkit.cluster.records import Assignment
@@ -31,7 +32,7 @@ MAX_CONTENT_BYTES = 64 << 20
 """What is said of one segment at most."""
 _PAUSE_S = 0.02
 """Mere progress of steps is told at most this often."""
-_ENVIRONMENT = ("SHARDKIT_AGENT", "SHARDKIT_TOKEN", "SHARDKIT_CONNECT_S")
+_ENVIRONMENT = ("SHARDKIT_AGENT", "SHARDKIT_TOKEN", ENVIRONMENT)
 
 
 class Agent:
@@ -80,7 +81,7 @@ class Agent:
         env |= {
             "SHARDKIT_AGENT": self._address,
             "SHARDKIT_TOKEN": self._settings.token,
-            "SHARDKIT_CONNECT_S": str(self._settings.deadlines.connect_s),
+            ENVIRONMENT: self._settings.deadlines.spell(),
             "SHARDKIT_RUN": self._settings.run,
             "SHARDKIT_DIRECTORY": self._settings.directory,
         }
@@ -264,14 +265,7 @@ class Agent:
         if assignment.process_index == 0 and worker.state == "ready":
             self._port.give()
         self._workers.assign(worker, assignment)
-        deadlines = header["deadlines"]
-        worker.link.post(
-            {
-                "type": "assign",
-                "assignment": header["assignment"],
-                "deadlines": deadlines,
-            }
-        )
+        worker.link.post({"type": "assign", "assignment": header["assignment"]})
         self._soon()
 
     def _prepare(self, header: dict[str, Any]) -> None:
@@ -373,7 +367,7 @@ class Agent:
             before = worker.told["phase"]
             worker.told |= {key: header[key] for key in ("step", "phase", "facts")}
             self._soon(at_once=before != header["phase"])
-        elif kind in ("answered", "halted", "finished", "failed"):
+        elif kind in ("answered", "restored", "halted", "finished", "failed"):
             worker.told[kind] = header
             if kind == "failed" and worker.failed_s is None:
                 worker.failed_s = time.monotonic()

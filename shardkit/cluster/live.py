@@ -123,6 +123,12 @@ class Live:
         return self.resumed and any(x.get("kind") in DAMAGE for x in failed)
 
     @property
+    def fetched_bytes(self) -> int:
+        """What its processes had to fetch of other hosts' images."""
+        told = [entry.get("restored") or {} for entry in self.entries]
+        return sum(x.get("fetched_bytes", 0) for x in told)
+
+    @property
     def step(self) -> int:
         """How many steps are done."""
         return max(self.watchdog.step, self.resume_step or 0)

@@ -12,13 +12,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shardkit.cluster.channel import Channel
 from shardkit.cluster.deadlines import PHASES, Deadlines
-from shardkit.cluster.fetching import Fetcher
-from shardkit.cluster.records import Assignment, ImageRef
+from shardkit.cluster.fetching import Fetcher, Span
+from shardkit.cluster.records import Assignment
 from shardkit.cluster.wire import Closed, Unanswered, WireError
 from shardkit.errors import ClusterError, ShardkitError
 
@@ -175,19 +175,22 @@ class Member:
             )
         )
 
-    def fetch(self, ref: ImageRef, offset: int, num_bytes: int) -> memoryview:
-        """Returns bytes of an image, from this host's memory or from another's.
+    def fetch_all(self, spans: Sequence[Span]) -> list[memoryview]:
+        """Returns bytes of images, from this host's memory and from others'.
 
         Raises:
-            ClusterError: If the image is not there any more, or not so long.
+            ClusterError: If an image is not there any more, or not so long.
             WireError: If its host does not answer.
         """
         try:
-            return self._fetcher.fetch(ref, offset, num_bytes)
+            return self._fetcher.fetch_all(spans)
         except (ShardkitError, OSError) as error:
-            if isinstance(error, ShardkitError):
-                raise self._told(error) from None
-            raise self._told(ClusterError(f"image {ref.name}: {error}")) from None
+            is_told = isinstance(error, ShardkitError)
+            raise self._told(error if is_told else ClusterError(f"{error}")) from None
+
+    def restored(self) -> None:
+        """Says that the state is there, and how much of it came from other hosts."""
+        self._tell({"type": "restored", "fetched_bytes": self._fetcher.num_bytes})
 
     def boundary(self, step: int) -> str:
         """Asks whether to do a step; to be called before each is dispatched.

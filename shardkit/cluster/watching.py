@@ -41,6 +41,8 @@ class Watch:
     def event(self, event: Event) -> None:
         """Hears that something has ended."""
         if event.name in _PHASES and not _is_beside():
+            if event.name == "restore":
+                self._member.restored()
             self._member.progress(self._step, "step")
 
     def step(self, metrics: Any) -> None:

@@ -140,6 +140,7 @@ def main():
         num_devices=assignment.num_devices,
         offset=assignment.device_offset,
         local=assignment.num_local_devices,
+        silence_s=member.deadlines.silence_s,
     )
     member.progress(-1, "restore")
     step, state = restore(member, out)
