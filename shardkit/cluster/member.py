@@ -100,8 +100,9 @@ class Member:
             step: How many steps are done.
             phase: What it does now: one of `PHASES`.
             **facts: JSON values of the step that is done, such as `loss`; `busy_s`,
-                the seconds of it in which this process did work of its own, and
-                `work`, how many microbatches that was, let stragglers be seen.
+                the seconds in which this process did work of its own, and `work`, how
+                many microbatches that was, let stragglers be seen. `busy_step` says of
+                which step, where one measurement is told with several.
         """
         assert phase in PHASES, phase
         with self._changed:
