@@ -100,6 +100,16 @@ class Part:
             for device, process in zip(devices, processes, strict=True)
         }
 
+    def probe(self, devices: Sequence[Any]) -> Any:
+        """What measures how fast this process is; None if nobody asks for that."""
+        from shardkit.probe import SpeedProbe
+
+        is_asked = os.environ.get("SHARDKIT_STRAGGLERS") == "balance"
+        if not is_asked or self.assignment.num_processes < 2:
+            return None
+        mine = self.assignment.process_index
+        return SpeedProbe([x for x in devices if x.process_index == mine])
+
 
 class Supervision:
     """What a process is in a supervised run.
@@ -110,7 +120,7 @@ class Supervision:
 
     def __init__(self, member: Member) -> None:
         self.member, self.assignment = member, member.assignment
-        self._watch = Watch(member)
+        self._watch, self._probe = Watch(member), None
         self._faults = FaultPoints(
             [parse_fault(x) for x in os.environ.get("SHARDKIT_FAULTS", "").split()],
             self.assignment.process_index,
@@ -135,15 +145,22 @@ class Supervision:
             self.member, script, num_pool, least=self.assignment.num_processes
         )
 
-    def watch(self, events: EventLog) -> None:
-        """Tells the supervisor from now on what the run is doing."""
+    def watch(self, events: EventLog, probe: Any = None) -> None:
+        """Tells the supervisor from now on what the run is doing.
+
+        Args:
+            events: Of the run.
+            probe: What `Part.probe` returned.
+        """
+        self._probe = probe
         # A fault may be that nothing is told any more.
         events.subscribe(begins=self._faults.begin)
         events.subscribe(self._watch.event, begins=self._watch.begin)
 
     def step(self, metrics: Any) -> None:
         """Tells that a step is done."""
-        self._watch.step(metrics)
+        facts = {} if self._probe is None else self._probe.facts
+        self._watch.step(metrics, **facts)
         self._faults.stepped(metrics.step + 1, metrics.step_s or 0.0)
 
     def finish(self, summary: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
+from shardkit.probe import SpeedProbe
 from shardkit.program_report import ProgramReport
 from shardkit.recipe import LossScale, Recipe
 from shardkit.snapshot.config import SnapshotConfig
@@ -71,6 +72,7 @@ class Trainer:
         standby: How many placements are compiled ahead of changes, over the whole run.
         standby_counts: Device counts of which to think first, after a script's.
         speeds: Device id → relative speed; slow ones compute fewer microbatches.
+        probe: What measures between steps how fast this process is; None for nothing.
         events: Where events are sent; None for a log of its own. Notices to which
             nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
@@ -119,6 +121,7 @@ class Trainer:
         standby: int = 0,
         standby_counts: Sequence[int] = (),
         speeds: Mapping[int, float] | None = None,
+        probe: SpeedProbe | None = None,
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
@@ -144,7 +147,7 @@ class Trainer:
             ema=ema,
             loss_scale=loss_scale,
         )
-        self._eval, self._checkpoint = eval, checkpoint
+        self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
         layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
@@ -264,7 +267,7 @@ class Trainer:
         if self._checkpoint:
             due[functools.partial(self.save, wait=False)] = self._checkpoint.every
         pending = Pending(check_gradients=self._recipe.loss_scale is None)
-        metrics = train(controller, steps, membership, pending, due)
+        metrics = train(controller, steps, membership, pending, due, self._probe)
         try:
             while True:
                 # What the caller does between two steps is never given up.

@@ -31,10 +31,11 @@ _SLOW_S = 20.0
 _BRAKE = """
 import os, signal, sys, time
 pid, end_s = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+part = float(sys.argv[3])
 try:
     while time.monotonic() < end_s:
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(0.02)
+        time.sleep(0.02 * part / (1 - part))
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
 except ProcessLookupError:
@@ -106,17 +107,20 @@ def exhaust_memory() -> None:
         held.append(bytearray(16 << 20))
 
 
-def slow_down(pid: int, *, for_s: float = _SLOW_S) -> "subprocess.Popen[bytes]":
+def slow_down(
+    pid: int, *, for_s: float = _SLOW_S, part: float = 0.5
+) -> "subprocess.Popen[bytes]":
     """Halves the speed of a process by stopping it every other instant.
 
     Args:
         pid: Which.
         for_s: For how long; less if it ends.
+        part: Which part of the time it is stopped, if not half of it.
 
     Returns:
         The process that does it.
     """
-    command = [sys.executable, "-c", _BRAKE, str(pid), str(for_s)]
+    command = [sys.executable, "-c", _BRAKE, str(pid), str(for_s), str(part)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 

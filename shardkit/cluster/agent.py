@@ -84,6 +84,7 @@ class Agent:
             ENVIRONMENT: self._settings.deadlines.spell(),
             "SHARDKIT_RUN": self._settings.run,
             "SHARDKIT_DIRECTORY": self._settings.directory,
+            "SHARDKIT_STRAGGLERS": self._settings.stragglers,
         }
         logs = Path(self._settings.directory) / "workers"
         logs.mkdir(mode=0o700, exist_ok=True)
@@ -96,10 +97,8 @@ class Agent:
             self._pass_fds,
         )
         self._port.hold()
-        tasks = [
-            asyncio.create_task(self._serve_supervisor()),
-            asyncio.create_task(self._beat()),
-        ]
+        works = (self._serve_supervisor(), self._beat())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             over = asyncio.create_task(self._over.wait())
             await asyncio.wait([over, *tasks], return_when="FIRST_COMPLETED")

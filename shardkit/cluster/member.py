@@ -7,7 +7,6 @@ as long as there are slots. Nothing here knows JAX.
 """
 
 import contextlib
-import mmap
 import os
 import signal
 import threading
@@ -19,35 +18,15 @@ from shardkit.cluster.channel import Channel
 from shardkit.cluster.deadlines import PHASES, Deadlines
 from shardkit.cluster.fetching import Fetcher, Span
 from shardkit.cluster.records import Assignment
+from shardkit.cluster.slot import Slot
 from shardkit.cluster.wire import Closed, Unanswered, WireError
 from shardkit.errors import ClusterError, ShardkitError
 
-__all__ = ["Member", "Slot"]
+__all__ = ["Member"]
 
 _PAUSE_S = 0.005
 """Progress is told at most this often; the newest counts."""
 _MAX_TEXT = 20000
-
-
-class Slot:
-    """A segment to write one image into.
-
-    Attributes:
-        name: Its name.
-        memory: All of it.
-    """
-
-    def __init__(self, name: str, path: str, num_bytes: int) -> None:
-        self.name = name
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), num_bytes)
-        self.memory = memoryview(self._map)
-
-    def close(self) -> None:
-        """Unmaps it, unless somebody still looks at it."""
-        with contextlib.suppress(BufferError):
-            self.memory.release()
-            self._map.close()
 
 
 class Member:
@@ -100,8 +79,9 @@ class Member:
             step: How many steps are done.
             phase: What it does now: one of `PHASES`.
             **facts: JSON values of the step that is done, such as `loss`; `busy_s`,
-                the seconds of it in which this process did work of its own, and
-                `work`, how many microbatches that was, let stragglers be seen.
+                the seconds in which this process did work of its own, and `work`, how
+                many microbatches that was, let stragglers be seen. `busy_step` says of
+                which step, where one measurement is told with several.
         """
         assert phase in PHASES, phase
         with self._changed:

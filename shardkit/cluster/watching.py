@@ -45,10 +45,15 @@ class Watch:
                 self._member.restored()
             self._member.progress(self._step, "step")
 
-    def step(self, metrics: Any) -> None:
-        """Hears that a step is done."""
+    def step(self, metrics: Any, **facts: Any) -> None:
+        """Hears that a step is done.
+
+        Args:
+            metrics: Of the step.
+            **facts: What else is to be told, as `Member.progress` has it.
+        """
         self._step = metrics.step + 1
-        self._member.progress(self._step, "step", loss=metrics.loss)
+        self._member.progress(self._step, "step", loss=metrics.loss, **facts)
 
 
 def _is_beside() -> bool:
