@@ -137,7 +137,7 @@ def train_supervised(
     config = arguments.config
     built = prepared or Built(arguments, supervision.assignment)
     built.store.join(supervision.member)
-    supervision.watch(built.events, built.probe)
+    supervision.watch(built.events, config.train.steps, built.probe)
     trainer = built.trainer
     directory = own = built.directory
     if not built.is_first:

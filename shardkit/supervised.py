@@ -145,14 +145,15 @@ class Supervision:
             self.member, script, num_pool, least=self.assignment.num_processes
         )
 
-    def watch(self, events: EventLog, probe: Any = None) -> None:
+    def watch(self, events: EventLog, steps: int, probe: Any = None) -> None:
         """Tells the supervisor from now on what the run is doing.
 
         Args:
             events: Of the run.
+            steps: Where it ends.
             probe: What `Part.probe` returned.
         """
-        self._probe = probe
+        self._probe, self._watch.steps = probe, steps
         # A fault may be that nothing is told any more.
         events.subscribe(begins=self._faults.begin)
         events.subscribe(self._watch.event, begins=self._watch.begin)

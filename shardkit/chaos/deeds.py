@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shardkit.chaos.faults import Fault
 from shardkit.errors import ShardkitError
+from shardkit.snapshot.head import IMAGE, read_head
 from shardkit.snapshot.segments import Segments
 
 __all__ = [
@@ -126,15 +127,20 @@ def slow_down(
 
 def corrupt_newest(run: str, host: str) -> None:
     """Flips a bit in the middle of the image that was written last on a host."""
-    segments = Segments(run, host)
-    found = [segments.path(name) for name in segments.names()]
-    with contextlib.suppress(ValueError, OSError):
-        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-        with newest.open("r+b") as file:
-            file.seek(newest.stat().st_size // 2)
-            value = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([value[0] ^ 1]))
+    segments, found = Segments(run, host), []
+    for name in segments.names():
+        # It may be gone by now, or being written.
+        with contextlib.suppress(ShardkitError), segments.open(name) as segment:
+            head = read_head(segment.memory)
+            # Times of files say nothing: they are written through a map.
+            if head.magic == IMAGE:
+                found.append((head.generation, head.step, name))
+    if found:
+        with (
+            contextlib.suppress(ShardkitError),
+            segments.open(max(found)[-1]) as newest,
+        ):
+            newest.memory[newest.num_bytes // 2] ^= 1
 
 
 def kill_supervisor(directory: Path) -> None:

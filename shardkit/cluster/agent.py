@@ -202,7 +202,7 @@ class Agent:
                 "generation": self._generation,
                 "ended": self._ended,
                 "keep": self._workers.keep,
-                "workers": [w.report() for w in self._workers.all.values()],
+                "workers": self._workers.report(),
                 **self._memory.report(),
             }
         )

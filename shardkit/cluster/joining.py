@@ -62,6 +62,12 @@ def join(
             prepare(Assignment.from_json(header["assignment"]))
             channel.send({"type": "ready", "prepares": False})
             header = channel.receive(what="an assignment").header
+        if header["type"] == "stale":
+            channel.close()
+            raise WireError(
+                f"{channel.peer} waits for no worker {worker}: another process has "
+                "joined as that, maybe the one that started this"
+            )
     except (KeyError, ValueError, WireError) as error:
         raise ClusterError(
             f"SHARDKIT_AGENT={address}: cannot join the cluster: {error}. Unset it to "

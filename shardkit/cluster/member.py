@@ -7,6 +7,7 @@ as long as there are slots. Nothing here knows JAX.
 """
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -84,6 +85,8 @@ class Member:
                 which step, where one measurement is told with several.
         """
         assert phase in PHASES, phase
+        # What JSON does not have would end the thread that sends, and nobody else.
+        json.dumps(facts, allow_nan=False)
         with self._changed:
             self._newest = {"step": step, "phase": phase, "facts": facts}
             self._is_new = True
@@ -104,6 +107,8 @@ class Member:
             f"all hosts is of step {self.protected_step})"
         )
         question = {"type": "reserve", "num_bytes": num_bytes}
+        # What it went on from is on devices by now; a map would keep its memory taken.
+        self._fetcher.close()
         reply = self._ask(question, self.deadlines.slot_s, what)
         name, size = reply["name"], reply["num_bytes"]
         known = self._slots.get(name)
@@ -278,14 +283,12 @@ class Member:
             reply = self._replies.pop(id)
         peer = self._channel.peer
         if not answered:
-            error = Unanswered(f"{peer} did not answer with {what} for {timeout_s:g} s")
-        elif reply is None:
-            error = Closed(f"{peer} is gone; it was asked for {what}")
-        elif reply["type"] == "refused":
-            error = ClusterError(f"{peer}: {reply['why']}")
-        else:
-            return reply
-        raise self._told(error)
+            raise Unanswered(f"{peer} did not answer with {what} for {timeout_s:g} s")
+        if reply is None:
+            raise Closed(f"{peer} is gone; it was asked for {what}")
+        if reply["type"] == "refused":
+            raise ClusterError(f"{peer}: {reply['why']}")
+        return reply
 
     def _told(self, error: ShardkitError) -> ShardkitError:
         # What ends this process is the cluster's trouble then, not the program's.

@@ -7,6 +7,7 @@ the machine's business.
 """
 
 import asyncio
+import json
 import socket
 import sys
 import urllib.parse
@@ -213,7 +214,12 @@ class Supervisor:
 
     async def _serve_person(self, link: Link, header: Mapping[str, Any]) -> None:
         while header["type"] == "status":
-            link.post({"type": "status", "status": self._status()})
+            status = self._status()
+            try:
+                link.post({"type": "status", "status": status})
+            except WireError:
+                # After many recoveries it does not fit into a header any more.
+                link.post({"type": "status"}, json.dumps(status).encode())
             header = (await link.receive()).header
 
 
