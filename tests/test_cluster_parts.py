@@ -235,6 +235,26 @@ def test_what_workers_said_last_always_fits_into_a_report(count):
         assert entry["tail"]
 
 
+def test_a_supervisor_that_cannot_save_goes_on_and_says_so_once(tmp_path):
+    told = []
+    history = SimpleNamespace(to_json=dict)
+    there = SimpleNamespace(
+        _file=tmp_path / "none" / "state.json",
+        _unsaved="",
+        _settings=SimpleNamespace(run="r"),
+        _machine=history,
+        _history=history,
+        _launcher=SimpleNamespace(post=told.append),
+    )
+    for _ in range(3):
+        Supervisor._save(there)
+    assert [x["type"] for x in told] == ["tell"]
+    assert "No such file or directory" in told[0]["text"]
+    (tmp_path / "none").mkdir()
+    Supervisor._save(there)
+    assert (there._unsaved, there._file.exists()) == ("", True)
+
+
 def test_a_status_that_does_not_fit_into_a_header_is_told_all_the_same(tmp_path):
     cause = "x" * 2000
     status = {"run": "r", "recoveries": [{"cause": cause}] * 600}

@@ -255,7 +255,10 @@ def test_what_a_run_left_is_gone_when_the_next_one_begins_elsewhere(tmp_path):
 def test_a_directory_is_cleaned_of_a_cluster_that_died(tmp_path, segments):
     segments.create("image.1", 8).close()
     write_private(tmp_path / "address.json", {"run": segments.run, "token": "t"})
+    (tmp_path / "out").write_text("of another run")
+    (tmp_path / "generation-1-process-1" / "of another run").mkdir(parents=True)
     with open_directory(tmp_path) as (path, _):
+        assert [x.name for x in path.iterdir()] == ["lock"]
         assert path == tmp_path
         assert not segments.path("image.1").exists()
         assert not (tmp_path / "address.json").exists()

@@ -80,8 +80,10 @@ def open_directory(
             reclaim(str(before.get("run")))
         # Where all of a run was killed at once, nobody gave its memory back.
         reclaim(idle_s=_IDLE_S)
-        for name in ("address.json", "state.json"):
+        for name in ("address.json", "state.json", "out"):
             (path / name).unlink(missing_ok=True)
+        for record in path.glob("generation-*-process-*"):
+            shutil.rmtree(record, ignore_errors=True)
         yield path, codes
     finally:
         os.close(lock)

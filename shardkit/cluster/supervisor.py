@@ -55,6 +55,7 @@ class Supervisor:
         self._agents: dict[str, Link] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._over = asyncio.Event()
+        self._unsaved = ""
 
     async def run(self, listener: socket.socket) -> None:
         """Serves until the launcher ends it, or is gone."""
@@ -146,7 +147,15 @@ class Supervisor:
             "machine": self._machine.to_json(),
             "history": self._history.to_json(),
         }
-        write_private(self._file, values)
+        try:
+            write_private(self._file, values)
+            self._unsaved = ""
+        except OSError as error:
+            # The run goes on; only a supervisor after this one would know less.
+            if self._unsaved != str(error):
+                self._unsaved = str(error)
+                text = f"what the supervisor knows cannot be saved: {error}"
+                self._launcher.post({"type": "tell", "text": text})
 
     async def _met(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
