@@ -14,14 +14,6 @@ class FreshPort:
 
     Args:
         ip: On which address.
-
-    Example:
-        >>> port = FreshPort("127.0.0.1")
-        >>> port.hold()
-        >>> first = port.number
-        >>> port.give()
-        >>> port.number == first
-        False
     """
 
     def __init__(self, ip: str) -> None:
