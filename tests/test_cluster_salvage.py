@@ -1,5 +1,7 @@
 """What a cluster makes of what is left, without any process: hosts, images, guards."""
 
+import collections
+
 import pytest
 from worlds import World, begin, kill, make_settings
 
@@ -154,6 +156,33 @@ def test_one_host_alone_is_told_that_it_has_no_protection():
     world = World(make_settings(redundancy="parity", hosts=plan_hosts(1, 1, 1)))
     world.until(lambda: world.machine.live and world.machine.live.protected > 2)
     assert [x for x in world.told if "nothing can be protected with 1 host" in x]
+
+
+def test_what_counts_is_told_before_the_next_step_is_to_be_protected():
+    """A host that does not know yet gives up the protection that counts.
+
+    When a generation begins both of its slots are free, so that a second step can be
+    there before the first is protected.
+    """
+    world, ordered = protected("parity"), []
+    good, asked = world.protect, collections.Counter()
+
+    def protect(host, header):
+        live = world.machine.live
+        known = [header["of"], live.protected]
+        if 0 <= live.protected < header["step"]:
+            ordered.append(world.agents[host].protected == known)
+        asked[host, header["step"]] += 1
+        if asked[host, header["step"]] > 4:
+            good(host, header)
+
+    world.protect = protect
+    kill(world, "host-1")
+    wait_next(world)
+    world.until(lambda: world.machine.live.protected > 0)
+    world.wait(20)
+    assert len(ordered) > 20
+    assert all(ordered)
 
 
 def test_a_host_that_cannot_protect_holds_nothing_up_and_is_told_once():

@@ -221,7 +221,7 @@ class Machine:
             self._check_done(live, now_s)
         if self.state != "running":
             return
-        if self.protecting.check(live, now_s):
+        while self.protecting.check(live, now_s):
             self._protected(live)
         if (cause := find_frozen(live, self._deadlines, now_s)) is not None:
             self._fail(cause, now_s)
