@@ -26,6 +26,7 @@ from shardkit.errors import ConfigError
 from shardkit.events import EventLog
 from shardkit.report.run_dir import claim
 from shardkit.snapshot.config import SnapshotConfig
+from shardkit.snapshot.groups import Redundancy
 
 __all__ = ["Part", "Supervision", "join_supervisor", "leave"]
 
@@ -171,9 +172,14 @@ class Supervision:
     def halt(self, step: int) -> NoReturn:
         """Tells that this process has halted, and ends it.
 
+        A host may be on its way out, so what protects the last snapshot is made first,
+        as far as that can be in half the time that a halt has.
+
         Args:
             step: Before which; the state is in a snapshot.
         """
+        if Redundancy.parse(self.assignment.redundancy).num_losses:
+            self.member.wait_protected(step, self.member.deadlines.halt_s / 2)
         self.member.halted(step)
         leave(0)
 

@@ -339,6 +339,9 @@ class Trainer:
     def go_on(self) -> int:
         """Goes to the newest snapshot of an earlier process of this very run.
 
+        When its state is first needed and read, the event `"last_steps"` tells of the
+        steps before it, since that process may not have come to.
+
         Returns:
             The step; 0 if there is none.
         """

@@ -1,5 +1,6 @@
 """What a cluster makes of what is left, without any process: hosts, images, guards."""
 
+
 import pytest
 from worlds import World, begin, kill, make_settings
 

@@ -143,22 +143,14 @@ class Member:
         """The newest step known to be whole and protected on all hosts; -1 if none."""
         return self._protected
 
-    def wait_protected(self, step: int, timeout_s: float | None = None) -> None:
-        """Waits until a step is whole and protected on all hosts.
+    def wait_protected(self, step: int, timeout_s: float) -> bool:
+        """Waits until a step is whole and protected on all hosts, or given up.
 
-        Raises:
-            Unanswered: If that takes longer than `timeout_s`, or `slot_s`.
+        Returns:
+            Whether the supervisor has said so in time.
         """
-        limit_s = self.deadlines.slot_s if timeout_s is None else timeout_s
         with self._changed:
-            if self._changed.wait_for(lambda: self._protected >= step, limit_s):
-                return
-        raise self._told(
-            Unanswered(
-                f"the supervisor did not say for {limit_s:g} s that the snapshot "
-                f"of step {step} is whole; the newest is of {self._protected}"
-            )
-        )
+            return self._changed.wait_for(lambda: self._protected >= step, timeout_s)
 
     def fetch_all(self, spans: Sequence[Span]) -> list[memoryview]:
         """Returns bytes of images, from this host's memory and from others'.

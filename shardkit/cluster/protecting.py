@@ -72,7 +72,9 @@ class Protecting:
         """Goes on with the step that is being protected, or begins with a newer one.
 
         Returns:
-            Whether a newer step is protected now; to be told, and then asked again.
+            Whether a newer step is protected now. All hosts are to be told, and this
+            called again, before the next is ordered: for that they give up whatever
+            protection they do not know to count.
         """
         images = self._images(live)
         newest = live.newest_whole(images)

@@ -19,6 +19,7 @@ from workers import images
 from shardkit.cluster import join
 
 SIZE = 64
+HALT_S = 30
 MASK = (1 << 64) - 1
 
 
@@ -154,7 +155,7 @@ def main():
                     save(out, step, state)
                 member.halted(step)
                 sys.exit(75)
-            member.wait_protected(step)
+            member.wait_protected(step, HALT_S)
             member.halted(step)
             sys.exit(0)
         misbehave(options, assignment, step)
@@ -167,7 +168,7 @@ def main():
         member.commit(slot, step)
         if options.get("times"):
             since_s = time.monotonic()
-            member.wait_protected(step)
+            assert member.wait_protected(step, HALT_S)
             note(out, what="protected", step=step, s=time.monotonic() - since_s)
         member.progress(step, "step", loss=1.0 / step)
         if assignment.process_index == 0:
