@@ -124,6 +124,7 @@ def import_all(config: RunConfig) -> None:
     """
     import jax  # noqa: F401
 
+    import shardkit.checkpoint.engine
     import shardkit.optim
     import shardkit.trainer  # noqa: F401
 
