@@ -1,6 +1,5 @@
 """What a cluster makes of what is left, without any process: hosts, images, guards."""
 
-
 import pytest
 from worlds import World, begin, kill, make_settings
 
