@@ -31,8 +31,7 @@ def main(argv: list[str]) -> int:
             return train_supervised(arguments, supervision, *prepared[:1] or [None])
         return train(arguments)
     except sk.ShardkitError as error:
-        if supervision is not None and not isinstance(error, sk.Preempted):
-            # Not bad input, since there is a run; the supervisor hears of it.
+        if supervision is not None and not supervision.is_verdict(error):
             raise
         say_last(f"{type(error).__name__}: {error}", error)
         return cli.exit_code(error)
@@ -137,7 +136,12 @@ def train_supervised(
     config = arguments.config
     built = prepared or Built(arguments, supervision.assignment)
     built.store.join(supervision.member)
-    supervision.watch(built.events, config.train.steps, built.probe)
+    supervision.watch(
+        built.events,
+        config.train.steps,
+        built.out if built.is_first else None,
+        built.probe,
+    )
     trainer = built.trainer
     directory = own = built.directory
     if not built.is_first:

@@ -22,7 +22,7 @@ from shardkit.cluster.records import Assignment
 from shardkit.cluster.source import Supervised
 from shardkit.cluster.store import MemberStore
 from shardkit.cluster.watching import Watch
-from shardkit.errors import ConfigError
+from shardkit.errors import ConfigError, Preempted
 from shardkit.events import EventLog
 from shardkit.report.run_dir import claim
 from shardkit.snapshot.config import SnapshotConfig
@@ -146,15 +146,20 @@ class Supervision:
             self.member, script, num_pool, least=self.assignment.num_processes
         )
 
-    def watch(self, events: EventLog, steps: int, probe: Any = None) -> None:
+    def watch(
+        self, events: EventLog, steps: int, out: Path | None, probe: Any = None
+    ) -> None:
         """Tells the supervisor from now on what the run is doing.
 
         Args:
             events: Of the run.
             steps: Where it ends.
+            out: Where it is kept; None if another process says so.
             probe: What `Part.probe` returned.
         """
         self._probe, self._watch.steps = probe, steps
+        if out is not None:
+            self.member.event({"steps": steps, "out": str(out)})
         # A fault may be that nothing is told any more.
         events.subscribe(begins=self._faults.begin)
         events.subscribe(self._watch.event, begins=self._watch.begin)
@@ -164,6 +169,16 @@ class Supervision:
         facts = {} if self._probe is None else self._probe.facts
         self._watch.step(metrics, **facts)
         self._faults.stepped(metrics.step + 1, metrics.step_s or 0.0)
+
+    def is_verdict(self, error: Exception) -> bool:
+        """Whether an error is the run's end, and no failure to go on from.
+
+        Bad input is found before anything is done, in the first generation. Later there
+        is a run, and the supervisor is to hear what went wrong.
+        """
+        is_first = self.assignment.generation == 1 and not self._watch.has_stepped
+        is_input = isinstance(error, ConfigError) and is_first
+        return is_input or isinstance(error, Preempted)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Tells that the run is."""

@@ -1,6 +1,7 @@
 """What a supervisor is told of a run: phases, steps and numbers that JSON has."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,13 +13,17 @@ from shardkit.events import EventLog
 class Metrics:
     step: int
     loss: float = 1.0
+    mesh: dict = dataclasses.field(default_factory=lambda: {"fsdp": 2})
+
+
+FACTS = {"mesh": {"fsdp": 2}}
 
 
 class Told:
     """Stands for a member, and keeps what it is told."""
 
-    def __init__(self):
-        self.said = []
+    def __init__(self, resume=None):
+        self.said, self.assignment = [], SimpleNamespace(resume=resume)
 
     def progress(self, step, phase, **facts):
         self.said.append((step, phase, facts))
@@ -27,8 +32,8 @@ class Told:
         self.said.append("restored")
 
 
-def watched(steps):
-    told, events = Told(), EventLog()
+def watched(steps, resume=None):
+    told, events = Told(resume), EventLog()
     watch = Watch(told)
     watch.steps = steps
     events.subscribe(watch.event, begins=watch.begin)
@@ -46,7 +51,7 @@ def test_every_phase_has_its_window_and_steps_follow():
         (3, "restore", {}),
         "restored",
         (0, "step", {}),
-        (4, "step", {"loss": 1.0, "busy_s": 0.1, "work": 2}),
+        (4, "step", {"loss": 1.0, "busy_s": 0.1, "work": 2, **FACTS}),
         (4, "eval", {}),
         (4, "step", {}),
     ]
@@ -65,4 +70,11 @@ def test_what_is_done_after_the_last_step_is_no_step():
 def test_a_loss_that_is_no_number_is_not_told(loss):
     told, _, watch = watched(2)
     watch.step(Metrics(0, loss))
-    assert told.said == [(1, "step", {})]
+    assert told.said == [(1, "step", FACTS)]
+
+
+def test_before_its_first_step_a_run_stands_where_it_goes_on_from():
+    told, events, watch = watched(9, SimpleNamespace(step=7))
+    with events.phase("compile"):
+        assert not watch.has_stepped
+    assert told.said == [(7, "compile", {}), (7, "step", {})]

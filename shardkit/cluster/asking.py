@@ -72,7 +72,7 @@ def find_address(directory: Path) -> Address:
             return _read(path)
     raise ConfigError(
         f"{directory}: has no {ADDRESS_FILE}; expected the directory of a run that "
-        "`shardkit launch` has started"
+        "`shardkit launch` has started and that has not ended"
     )
 
 
@@ -86,7 +86,7 @@ def newest_run(root: Path) -> Path:
     found = [path for run in runs for path in _places(run) if path.is_file()]
     if not found:
         raise ConfigError(
-            f"{root}/: no run that `shardkit launch` has started; name its directory"
+            f"{root}/: no run of `shardkit launch` goes on here; name its directory"
         )
     return max(found, key=lambda path: path.stat().st_mtime).parent
 

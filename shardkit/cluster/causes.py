@@ -165,9 +165,10 @@ class Crashes:
             return root, Verdict(root.code, message, saves=False)
         if root.kind == "crash" and root.error:
             if self._repeats(root.error, step) >= self._limits.same_crashes:
+                where = f"at step {step}" if step > 0 else "before a step was done,"
                 message = (
-                    f"{root.text}, at step {step} as before: that is the program's "
-                    f"own error\n{root.detail}"
+                    f"{root.text}, {where} as before: that is the program's own "
+                    f"error\n{root.detail}"
                 )
                 return root, Verdict(1, message.rstrip(), saves=True)
         if self.barren >= self._limits.recoveries_without_progress:

@@ -99,5 +99,10 @@ def _tell_crashes(member: Member) -> None:
         text = "".join(traceback.format_exception(kind, error, where))
         member.failed(kind.__name__, str(error), text)
         before(kind, error, where)
+        # JAX waits for the others at its exit, and they for this process in a
+        # collective.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
     sys.excepthook = tell

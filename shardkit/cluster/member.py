@@ -67,7 +67,9 @@ class Member:
         self._num_requests = 0
         self._closed = False
         self._slots: dict[str, tuple[int, Slot]] = {}
-        self._newest: dict[str, Any] = {"step": -1, "phase": "start", "facts": {}}
+        # An error before the first step is one at the step that was gone on from.
+        begun = -1 if assignment.resume is None else assignment.resume.step
+        self._newest: dict[str, Any] = {"step": begun, "phase": "start", "facts": {}}
         self._is_new = True
         for work in (self._listen, self._speak):
             name = f"shardkit-member{work.__name__}"

@@ -67,7 +67,8 @@ class Recovery:
         """Says what happened, in one line."""
         text = f"{self.cause}; going on from step {self.step}"
         if self.lost_steps:
-            text += f", {self.lost_steps} steps lost"
+            steps = "step" if self.lost_steps == 1 else "steps"
+            text += f", {self.lost_steps} {steps} lost"
         return f"{text}; {self.said}" if self.said else text
 
     def phases(self) -> list[tuple[str, float]]:

@@ -31,11 +31,14 @@ class Watch:
 
     Attributes:
         steps: Where the run ends; what is done there is no step.
+        has_stepped: Whether a step was done here.
     """
 
     def __init__(self, member: Member) -> None:
-        self._member, self._step = member, 0
+        resume = member.assignment.resume
+        self._member, self._step = member, 0 if resume is None else resume.step
         self.steps: float = math.inf
+        self.has_stepped = False
 
     @property
     def _phase(self) -> str:
@@ -62,7 +65,8 @@ class Watch:
             metrics: Of the step.
             **facts: What else is to be told, as `Member.progress` has it.
         """
-        self._step = metrics.step + 1
+        self._step, self.has_stepped = metrics.step + 1, True
+        facts["mesh"] = dict(metrics.mesh)
         if math.isfinite(metrics.loss):
             facts["loss"] = metrics.loss
         self._member.progress(self._step, self._phase, **facts)

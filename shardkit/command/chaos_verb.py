@@ -32,18 +32,28 @@ Faults at certain points of a run are asked for when it is launched:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what this verb takes."""
-    parser.add_argument("path", nargs="?", type=Path, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0, help="of what happens to whom")
-    parser.add_argument("--faults", type=int, default=10, help="how many")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        type=Path,
+        metavar="DIR",
+        help="the run's directory; by default the newest in runs/",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of what happens to whom [0]"
+    )
+    parser.add_argument("--faults", type=int, default=10, help="how many [10]")
     parser.add_argument(
         "--every",
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="the mean time between two",
+        help="the mean time between two [30]",
     )
     parser.add_argument(
-        "--kinds", default="kill", help=f"of {','.join(KINDS)}; with commas between"
+        "--kinds",
+        default="kill",
+        help=f"of {','.join(KINDS)}; with commas between [kill]",
     )
 
 

@@ -26,7 +26,7 @@ EPILOG = """\
 exit codes:
   0    shown; a live table ends with the run, or by Ctrl-C
   1    the run has ended, or does not answer
-  2    no such run
+  2    no such run, or one that had ended before
 """
 _POLL_S = 0.5
 _ASK_S = 2.0
