@@ -1,6 +1,7 @@
 """The launched process, when the system has no more of something."""
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -77,11 +78,13 @@ def test_a_host_that_cannot_be_started_is_gone_and_may_be_tried_again(
         told = []
         engine = LocalEngine(make_settings(tmp_path))
         engine.start(told.append)
+        # What others have left open may be closed meanwhile.
+        gc.collect()
         num_open = len(os.listdir("/proc/self/fd"))
         for _ in range(tries):
             engine.start_agent("host-0")
             await asyncio.sleep(0)
-        assert len(os.listdir("/proc/self/fd")) == num_open
+        assert len(os.listdir("/proc/self/fd")) <= num_open
         return told, engine.hosts()
 
     monkeypatch.setattr(local, "Child", no_more)
