@@ -145,19 +145,21 @@ def _snapshot(machine: Machine, now_s: float) -> dict[str, Any] | None:
     live = machine.live
     if live is None or live.protected < 0:
         return None
-    images = [
-        image
-        for host in machine.hosts.values()
-        for image in host.report.get("images", ())
+    reports = [host.report for host in machine.hosts.values()]
+    images = [image for report in reports for image in report.get("images", ())]
+    num_bytes = sum(
+        image["num_bytes"]
+        for image in images
         if (image["generation"], image["step"]) == (live.generation, live.protected)
-    ]
+    )
+    # What is held protects all images that are, of which these are a part.
+    held = sum(image["num_bytes"] for image in images)
+    protects = sum(report.get("protection_bytes", 0) for report in reports)
     return {
         "step": live.protected,
         "age_s": round(now_s - live.protected_s, 3),
-        "bytes": sum(image["num_bytes"] for image in images),
-        "protection_bytes": sum(
-            host.report.get("protection_bytes", 0) for host in machine.hosts.values()
-        ),
+        "bytes": num_bytes,
+        "protection_bytes": round(protects * num_bytes / held) if held else 0,
         "predicted_bytes": sum(
             cost.total_bytes for cost in machine.protecting.costs.values()
         ),

@@ -255,12 +255,11 @@ class Snapshots:
                 self._fail(job.step, error)
 
     def _fail(self, step: int, error: Exception) -> None:
-        newest = self._store.steps()[-1:] or ["none"]
-        self._events.emit(
-            "notice",
-            message=f"no snapshot of step {step}, the newest is of step {newest[0]}: "
-            f"{type(error).__name__}: {error}",
-        )
+        known = self._store.steps()
+        newest = f", the newest is of step {known[-1]}" if known else ""
+        why = f"{type(error).__name__}: {error}".removesuffix(": ")
+        message = f"no snapshot of step {step}{newest}: {why}"
+        self._events.emit("notice", message=message)
 
     @property
     def newest_step(self) -> int | None:
