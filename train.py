@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
             return train_supervised(arguments, supervision, *prepared[:1] or [None])
         return train(arguments)
     except sk.ShardkitError as error:
-        if supervision is not None and not supervision.is_verdict(error):
+        if not supervised.is_verdict(error, supervision):
             raise
         say_last(f"{type(error).__name__}: {error}", error)
         return cli.exit_code(error)

@@ -28,7 +28,7 @@ from shardkit.report.run_dir import claim
 from shardkit.snapshot.config import SnapshotConfig
 from shardkit.snapshot.groups import Redundancy
 
-__all__ = ["Part", "Supervision", "join_supervisor", "leave"]
+__all__ = ["Part", "Supervision", "is_verdict", "join_supervisor", "leave"]
 
 _POLL_S = 0.01
 
@@ -170,15 +170,10 @@ class Supervision:
         self._watch.step(metrics, **facts)
         self._faults.stepped(metrics.step + 1, metrics.step_s or 0.0)
 
-    def is_verdict(self, error: Exception) -> bool:
-        """Whether an error is the run's end, and no failure to go on from.
-
-        Bad input is found before anything is done, in the first generation. Later there
-        is a run, and the supervisor is to hear what went wrong.
-        """
-        is_first = self.assignment.generation == 1 and not self._watch.has_stepped
-        is_input = isinstance(error, ConfigError) and is_first
-        return is_input or isinstance(error, Preempted)
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run that others have begun, or this process has."""
+        return self.assignment.generation > 1 or self._watch.has_stepped
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Tells that the run is."""
@@ -208,6 +203,20 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def is_verdict(error: Exception, supervision: Supervision | None) -> bool:
+    """Whether an error is the run's end, and no failure to go on from.
+
+    Args:
+        error: What has happened.
+        supervision: What this process is; None if it is nothing yet.
+    """
+    if os.environ.get("SHARDKIT_RUN") is None or isinstance(error, Preempted):
+        return True
+    # Bad input is found before there is anything to go on from.
+    has_begun = supervision is not None and supervision.has_begun
+    return isinstance(error, ConfigError) and not has_begun
 
 
 def join_supervisor(

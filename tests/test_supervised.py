@@ -7,8 +7,9 @@ import pytest
 from clusters import ASSIGNMENT
 
 from shardkit import supervised
+from shardkit.chaos.deeds import InjectedError
 from shardkit.cluster.deadlines import ENVIRONMENT, Deadlines
-from shardkit.errors import ConfigError
+from shardkit.errors import ConfigError, Preempted
 
 
 @pytest.fixture
@@ -102,3 +103,29 @@ def test_a_halt_is_told_when_the_last_snapshot_is_protected(
         supervised.Supervision(line).halt(7)
     waited = [] if redundancy == "none" else [("wait", 7, 25)]
     assert line.said == [*waited, ("halted", 7)]
+
+
+@pytest.mark.parametrize(
+    ("error", "generation", "is_end"),
+    [
+        (ConfigError("x"), None, True),
+        (ConfigError("x"), 1, True),
+        # A later generation has something to go on from.
+        (ConfigError("x"), 2, False),
+        (InjectedError("x"), None, False),
+        (InjectedError("x"), 1, False),
+        (Preempted("x"), 2, True),
+    ],
+)
+def test_only_bad_input_ends_a_run_before_it_has_begun(
+    monkeypatch, error, generation, is_end
+):
+    monkeypatch.delenv("SHARDKIT_RUN", raising=False)
+    assert supervised.is_verdict(error, None)
+    monkeypatch.setenv("SHARDKIT_RUN", "run")
+    supervision = None
+    if generation is not None:
+        line = Line("none", True)
+        line.assignment = dataclasses.replace(line.assignment, generation=generation)
+        supervision = supervised.Supervision(line)
+    assert supervised.is_verdict(error, supervision) == is_end
