@@ -6,7 +6,6 @@ resumed. Errors that a user can mend end in one message, without a traceback.
 """
 
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -347,7 +346,5 @@ if __name__ == "__main__":
     if code == cli.EXIT_CODES["Preempted"]:
         # All is saved. A compile that was given up would hold the process until it
         # is done, and whoever asked it to leave may not wait for that.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        supervised.leave(code)
     sys.exit(code)

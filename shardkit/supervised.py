@@ -6,7 +6,6 @@ processes decide alike, since all of it follows from what the supervisor has sai
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from shardkit.chaos.deeds import Deeds, kill_supervisor
 from shardkit.chaos.faults import FaultPoints, parse_fault
 from shardkit.cluster.deadlines import Deadlines
 from shardkit.cluster.jax_job import start_jax
-from shardkit.cluster.joining import join
+from shardkit.cluster.joining import join, leave
 from shardkit.cluster.member import Member
 from shardkit.cluster.records import Assignment
 from shardkit.cluster.source import Supervised
@@ -196,13 +195,6 @@ class Supervision:
 
 def _shared() -> Path:
     return Path(os.environ["SHARDKIT_DIRECTORY"])
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for others, which may be gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def is_verdict(error: Exception, supervision: Supervision | None) -> bool:

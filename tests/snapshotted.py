@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 import shardkit as sk
 from shardkit.layout import LeafLayout
@@ -160,3 +161,11 @@ class Recorder(HostMemory):
     def commit(self, slot, step):
         super().commit(slot, step)
         self.kept[step] = bytes(slot.memory)
+
+
+@st.composite
+def leaf_shapes(draw):
+    """A shape, a dtype and the dim that is cut, -1 for none."""
+    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
+    dim = draw(st.integers(-1, len(shape) - 1))
+    return shape, draw(st.sampled_from(DTYPES)), dim

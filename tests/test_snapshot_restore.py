@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import PROBLEMS
 from snapshotted import (
-    DTYPES,
     Recorder,
+    leaf_shapes,
     mesh_of,
     random_state,
     same_words,
@@ -28,16 +28,9 @@ MESHES = [(8, 1), (8, 2), (8, 8), (6, 3), (5, 1), (3, 1), (2, 1), (1, 1)]
 meshes = st.sampled_from(MESHES)
 
 
-@st.composite
-def leaves(draw):
-    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
-    dim = draw(st.integers(-1, len(shape) - 1))
-    return shape, draw(st.sampled_from(DTYPES)), dim
-
-
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    shapes=st.lists(leaves(), min_size=1, max_size=8),
+    shapes=st.lists(leaf_shapes(), min_size=1, max_size=8),
     old=meshes,
     new=st.lists(meshes, min_size=1, max_size=3),
     seed=st.integers(0, 99),

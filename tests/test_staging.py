@@ -5,21 +5,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from snapshotted import DTYPES, mesh_of, random_state, staging_program
+from snapshotted import leaf_shapes, mesh_of, random_state, staging_program
 
 from shardkit import staging as staging_module
 
 
-@st.composite
-def shapes(draw):
-    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
-    dim = draw(st.integers(-1, len(shape) - 1))
-    return shape, draw(st.sampled_from(DTYPES)), dim
-
-
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    leaves=st.lists(shapes(), min_size=1, max_size=8),
+    leaves=st.lists(leaf_shapes(), min_size=1, max_size=8),
     mesh=st.sampled_from([(8, 1), (8, 2), (6, 3), (5, 1), (3, 1), (1, 1)]),
     seed=st.integers(0, 99),
 )

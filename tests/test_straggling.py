@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_survival import ROOT, environment, summary
+from test_survival import ROOT, environment, run_alone
 
 from shardkit.chaos.deeds import slow_down
 from shardkit.cluster.asking import Asker, find_address
@@ -30,19 +30,6 @@ DECISION = re.compile(
 )
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
-
-
-def run_alone(steps, out, *options):
-    """Runs it in one process; returns the digest."""
-    subprocess.run(
-        [*RUN, "--steps", str(steps), "--out", str(out), *options],
-        cwd=ROOT,
-        env=environment(),
-        check=True,
-        timeout=LIMIT_S,
-        capture_output=True,
-    )
-    return summary(out)
 
 
 def look(directory):
@@ -101,5 +88,6 @@ def test_a_slow_process_gets_fewer_microbatches_and_no_bit_changes(tmp_path):
     last = max(int(path.name) for path in saved if path.name.isdecimal())
     assert last > MORE_STEPS
     # What it left is read on one process, and is what one process comes to.
-    together = run_alone(last, tmp_path / "run", "--resume")
-    assert together == run_alone(last, tmp_path / "alone")
+    command = [*RUN, "--steps", str(last)]
+    together = run_alone([*command, "--resume"], tmp_path / "run", LIMIT_S)
+    assert together == run_alone(command, tmp_path / "alone", LIMIT_S)

@@ -40,19 +40,23 @@ def environment():
     return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(scope="module")
-def unhurt(tmp_path_factory):
-    """What the run in one process comes to."""
-    out = tmp_path_factory.mktemp("unhurt") / "run"
+def run_alone(command, out, limit_s=LIMIT_S):
+    """Runs a command in one process; returns what it came to."""
     subprocess.run(
-        [*RUN, "--out", str(out)],
+        [*command, "--out", str(out)],
         cwd=ROOT,
         env=environment(),
         check=True,
-        timeout=LIMIT_S,
+        timeout=limit_s,
         capture_output=True,
     )
     return summary(out)
+
+
+@pytest.fixture(scope="module")
+def unhurt(tmp_path_factory):
+    """What the run in one process comes to."""
+    return run_alone(RUN, tmp_path_factory.mktemp("unhurt") / "run")
 
 
 def summary(out):

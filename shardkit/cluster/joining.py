@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from shardkit.cluster.channel import Channel
 from shardkit.cluster.deadlines import Deadlines
@@ -19,7 +19,7 @@ from shardkit.cluster.records import Assignment
 from shardkit.cluster.wire import WireError
 from shardkit.errors import ClusterError
 
-__all__ = ["join"]
+__all__ = ["join", "leave"]
 
 
 def join(
@@ -101,8 +101,13 @@ def _tell_crashes(member: Member) -> None:
         before(kind, error, where)
         # JAX waits for the others at its exit, and they for this process in a
         # collective.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        leave(1)
 
     sys.excepthook = tell
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without waiting for others, which may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
