@@ -18,6 +18,7 @@ from typing import Any
 
 from shardkit.cluster.deadlines import ENVIRONMENT
 from shardkit.cluster.host_memory import HostMemory
+from shardkit.cluster.jax_job import environment_for_jax
 from shardkit.cluster.ports import FreshPort
 from shardkit.cluster.records import Assignment
 from shardkit.cluster.settings import Settings
@@ -91,7 +92,7 @@ class Agent:
         self._workers = Workers(
             self._host,
             self._settings.argv,
-            env,
+            environment_for_jax(env),
             logs,
             self._worker_ended,
             self._pass_fds,

@@ -7,14 +7,41 @@ knows JAX, which it imports when it is asked to.
 import os
 import socket
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from shardkit.cluster.records import Assignment
 from shardkit.cluster.wire import parse_address
 from shardkit.errors import ClusterError
 
-__all__ = ["start_jax"]
+__all__ = ["environment_for_jax", "start_jax"]
 
 _POLL_S = 0.002
+_SHARE_KERNELS = "--xla_gpu_shard_autotuning"
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
+
+
+def environment_for_jax(
+    env: Mapping[str, str], drivers: tuple[str, ...] = _GPU_DRIVERS
+) -> dict[str, str]:
+    """Adds what a process must be started with, where there are GPUs.
+
+    By default XLA has the processes of a job time a part of the kernels each, and wait
+    for what the others found: up to 24 hours for a process that takes the program from
+    a cache and so never compiles it, as after a recovery.
+
+    Args:
+        env: What the process would get; a setting of the user's stays.
+        drivers: The files of which one is there if there are GPUs.
+
+    Example:
+        >>> environment_for_jax({"XLA_FLAGS": "--a"}, drivers=("/",))
+        {'XLA_FLAGS': '--a --xla_gpu_shard_autotuning=false'}
+    """
+    flags = env.get("XLA_FLAGS", "")
+    if _SHARE_KERNELS in flags or not any(Path(path).exists() for path in drivers):
+        return dict(env)
+    return {**env, "XLA_FLAGS": f"{flags} {_SHARE_KERNELS}=false".strip()}
 
 
 def start_jax(assignment: Assignment, *, timeout_s: float) -> None:
