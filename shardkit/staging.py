@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 from shardkit.bits import as_bits
 from shardkit.carry import by_host
@@ -30,9 +30,11 @@ from shardkit.keys import raw
 from shardkit.places import Places
 from shardkit.state_moves import laid_out, raw_leaf
 
-__all__ = ["Staging"]
+__all__ = ["Coming", "Staging"]
 
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES = 16 << 20
+_TOGETHER_BYTES = 64 << 20
+_PINNED = "pinned_host"
 _MAX_TOGETHER = 64  # how many operands a kernel takes on any backend
 
 
@@ -43,6 +45,22 @@ class _Spot:
     copy: int
     words: slice
     shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(slots=True)
+class Coming:
+    """Pieces on their way to host memory.
+
+    Attributes:
+        copies: An array, the id of its device and which copy it is, and what is in it:
+            which piece, of which leaf.
+        empty: Pieces of no bytes: which, leaf, device.
+    """
+
+    copies: collections.deque[
+        tuple[Array, tuple[tuple[int, int], list[tuple[int, int]]]]
+    ] = dataclasses.field(default_factory=collections.deque)
+    empty: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
 
 
 class Staging:
@@ -66,7 +84,8 @@ class Staging:
         >>> leaf = LeafLayout("w", (5,), np.dtype("float32"), 0)
         >>> staging = Staging({"w": leaf}, mesh)
         >>> copies = jax.jit(staging.copy)({"w": jnp.arange(5.0)})
-        >>> [words.nbytes for _, words in staging.read(copies, [(0, 0)])]
+        >>> coming = staging.start(copies, [(0, 0)])
+        >>> [words.nbytes for _, words in staging.read(coming)]
         [20]
         >>> staging.num_bytes
         20
@@ -93,8 +112,7 @@ class Staging:
             elif num_bytes:
                 small[_word_dtype(leaf.dtype)].append(i)
         for members in small.values():
-            starts = range(0, len(members), _MAX_TOGETHER)
-            copies += [members[at : at + _MAX_TOGETHER] for at in starts]
+            copies += self._share(members)
         for number, members in enumerate(copies):
             shapes = [self.layouts[self.leaves[i].path].piece_shape for i in members]
             ends = list(itertools.accumulate(map(math.prod, shapes)))
@@ -102,6 +120,21 @@ class Staging:
                 words = slice(end - math.prod(shape), end)
                 self._spots[i] = _Spot(number, words, shape)
         return copies
+
+    def _share(self, members: Sequence[int]) -> Iterator[list[int]]:
+        """Splits small leaves into those that share a copy."""
+        together: list[int] = []
+        num_bytes = 0
+        for i in members:
+            more = self.layouts[self.leaves[i].path].piece_bytes
+            is_full = num_bytes + more > _TOGETHER_BYTES
+            if together and (is_full or len(together) == _MAX_TOGETHER):
+                yield together
+                together, num_bytes = [], 0
+            together.append(i)
+            num_bytes += more
+        if together:
+            yield together
 
     @property
     def num_bytes(self) -> int:
@@ -115,29 +148,48 @@ class Staging:
         words = {i: jnp.copy(_as_words(leaves[i])).reshape(-1) for i in self._spots}
         return [jnp.concatenate([words[i] for i in copy]) for copy in self._copies]
 
-    def read(
-        self, staged: Sequence[Array], kept: Iterable[tuple[int, int]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Takes pieces from copies to host memory, one copy ahead.
+    def start(self, staged: Sequence[Array], kept: Iterable[tuple[int, int]]) -> Coming:
+        """Starts bringing pieces from copies to host memory; nobody waits for them.
+
+        A device brings them beside what is given it to compute later, and behind what
+        it was given before: to be called ahead of the next step.
 
         Args:
-            staged: What `copy` made.
+            staged: What `copy` made; may be given up once all is read.
             kept: The wanted pieces, of devices of this process: leaf, id of the device.
-
-        Yields:
-            Which of `kept` it is, and the piece's words without padding, which need
-            not be contiguous.
         """
         wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        coming = Coming()
         for index, (leaf, device) in enumerate(kept):
             if leaf in self._spots:
                 copy = device, self._spots[leaf].copy
                 wanted.setdefault(copy, []).append((index, leaf))
             else:
-                shape = [size.stop for size in self._data(leaf, device)]
-                yield index, np.empty(shape, _word_dtype(self.leaves[leaf].dtype))
-        for (device, copy), words in zip(wanted, _fetched(staged, wanted), strict=True):
-            for index, leaf in wanted[device, copy]:
+                coming.empty.append((index, leaf, device))
+        numbers: dict[int, int] = {}
+        if staged:
+            shards = staged[0].addressable_shards
+            numbers = {shard.device.id: i for i, shard in enumerate(shards)}
+        shards = [staged[i].addressable_data(numbers[id]) for id, i in wanted]
+        coming.copies.extend(zip(_to_host(shards), wanted.items(), strict=True))
+        return coming
+
+    def read(self, coming: Coming) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields pieces as they come to host memory; to be done once.
+
+        Yields:
+            Which of `kept` it is, and the piece's words without padding, which need
+            not be contiguous.
+        """
+        for index, leaf, device in coming.empty:
+            shape = [size.stop for size in self._data(leaf, device)]
+            yield index, np.empty(shape, _word_dtype(self.leaves[leaf].dtype))
+        while coming.copies:
+            array, ((device, _), pieces) = coming.copies.popleft()
+            words = np.asarray(array)
+            # What sees its memory keeps it.
+            del array
+            for index, leaf in pieces:
                 spot = self._spots[leaf]
                 piece = words[spot.words].reshape(spot.shape)
                 yield index, piece[self._data(leaf, device)]
@@ -152,23 +204,23 @@ class Staging:
         return self._known[key]
 
 
-def _fetched(
-    staged: Sequence[Array], wanted: Iterable[tuple[int, int]]
-) -> Iterator[np.ndarray]:
-    """Brings copies of devices to host memory, the next while one is looked at."""
-    numbers: dict[int, int] = {}
-    if staged:
-        shards = staged[0].addressable_shards
-        numbers = {shard.device.id: i for i, shard in enumerate(shards)}
-    before = None
-    for device, copy in wanted:
-        shard = staged[copy].addressable_data(numbers[device])
+def _to_host(shards: list[Array]) -> list[Array]:
+    """Starts bringing arrays of one device each to where numpy will see them."""
+    devices = [device for shard in shards for device in shard.devices()]
+    if by_host(devices):
+        return shards
+    if all(_has_pinned(device) for device in set(devices)):
+        # Memory that is kept and used again, and that devices write to themselves: new
+        # pages and a copy of the copy took ten times as long.
+        where = [SingleDeviceSharding(x, memory_kind=_PINNED) for x in devices]
+        return jax.device_put(shards, where)
+    for shard in shards:
         shard.copy_to_host_async()
-        if before is not None:
-            yield np.asarray(before)
-        before = shard
-    if before is not None:
-        yield np.asarray(before)
+    return shards
+
+
+def _has_pinned(device: Any) -> bool:
+    return any(memory.kind == _PINNED for memory in device.addressable_memories())
 
 
 def _as_words(x: Array) -> Array:

@@ -113,7 +113,7 @@ def split(state, mesh, hosts, num_losses=0, step=3):
         memory = bytearray(layout.num_bytes)
         writer = ImageWriter(memoryview(memory), layout, step=step, generation=0)
         kept = [(piece.leaf, piece.device) for piece in pieces]
-        for index, words in staging.read(staged, kept):
+        for index, words in staging.read(staging.start(staged, kept)):
             writer.view(index).view(words.dtype)[...] = words
             writer.put_done(index)
         writer.commit({})

@@ -229,6 +229,16 @@ def test_a_snapshot_waits_for_the_one_before_and_says_so(make):
         assert event.fields["bytes"] > 0
 
 
+def test_steps_that_always_wait_for_snapshots_are_told_of_once(make):
+    trainer, events = make(snapshot=sk.SnapshotConfig(store=Slow()))
+    consume(trainer, 12)
+    trainer.close()
+    notices = [event for event in events if event.name == "notice"]
+    [message] = [x.fields["message"] for x in notices]
+    assert "steps wait for snapshots" in message
+    assert "snapshot.every=" in message
+
+
 class Failing(HostMemory):
     """Cannot take the image of one step, in some way."""
 

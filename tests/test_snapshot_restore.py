@@ -193,5 +193,6 @@ def test_what_snapshots_take_is_known_before():
     assert snapshots.predict(staging) == {
         "device_bytes": staging.num_bytes,
         "image_bytes": len(image.memory),
+        "pinned_bytes": 0,
     }
     assert jax.process_count() == 1

@@ -21,7 +21,7 @@ def test_every_piece_is_what_its_device_holds(leaves, mesh, seed):
     staging, copy = staging_program(state.layout, mesh)
     ids = [device.id for device in mesh.devices.flat]
     kept = [(leaf, id) for leaf in range(len(leaves)) for id in ids]
-    found = dict(staging.read(copy(state.on(mesh)), kept))
+    found = dict(staging.read(staging.start(copy(state.on(mesh)), kept)))
     assert found.keys() == set(range(len(kept)))
     for index, (leaf, id) in enumerate(kept):
         path = staging.leaves[leaf].path
@@ -54,7 +54,7 @@ def test_what_is_copied_outlives_the_state():
     staged = copy(arrays)
     for array in arrays.values():
         array.delete()
-    [(_, words)] = staging.read(staged, [(0, 1)])
+    [(_, words)] = staging.read(staging.start(staged, [(0, 1)]))
     assert words.tobytes() == state.words["leaf0"][2:4].tobytes()
 
 
@@ -67,7 +67,7 @@ def test_large_leaves_have_copies_of_their_own(monkeypatch, num_bytes, num_copie
     # The rest share one for each size of their words.
     assert len(staged) == num_copies
     kept = [(leaf, 0) for leaf in range(6)]
-    for index, words in staging.read(staged, kept):
+    for index, words in staging.read(staging.start(staged, kept)):
         path = f"leaf{index}"
         box = staging.layouts[path].box(0)
         wanted = state.words[path][tuple(slice(*ends) for ends in box)]
@@ -81,6 +81,30 @@ def test_a_program_takes_no_more_leaves_at_once_than_it_can(monkeypatch):
     staged = copy(state.on(mesh))
     assert [x.shape for x in staged] == [(8,), (8,), (4,)]
     assert all(isinstance(x, jax.Array) for x in staged)
-    found = dict(staging.read(staged, [(leaf, 1) for leaf in range(5)]))
+    found = dict(staging.read(staging.start(staged, [(leaf, 1) for leaf in range(5)])))
     for leaf, words in found.items():
         assert words.tobytes() == state.words[f"leaf{leaf}"][2:].tobytes()
+
+
+def test_what_shares_a_copy_is_bounded(monkeypatch):
+    monkeypatch.setattr(staging_module, "_TOGETHER_BYTES", 40)
+    state, mesh = random_state([((6,), "float32", 0)] * 7), mesh_of(2)
+    _, copy = staging_program(state.layout, mesh)
+    # Each device holds 12 bytes of a leaf.
+    assert [x.shape for x in copy(state.on(mesh))] == [(18,), (18,), (6,)]
+
+
+def test_devices_with_other_memory_write_to_the_host_themselves(monkeypatch):
+    monkeypatch.setattr(staging_module, "by_host", lambda devices: False)
+    state, mesh = random_state(LEAVES), mesh_of(4)
+    staging, copy = staging_program(state.layout, mesh)
+    kept = [(leaf, device.id) for leaf in range(3) for device in mesh.devices.flat]
+    coming = staging.start(copy(state.on(mesh)), kept)
+    kinds = {array.sharding.memory_kind for array, _ in coming.copies}
+    assert kinds == {"pinned_host"}
+    for index, words in staging.read(coming):
+        path = f"leaf{kept[index][0]}"
+        box = staging.layouts[path].box(kept[index][1])
+        wanted = state.words[path][tuple(slice(*ends) for ends in box)]
+        assert words.tobytes() == wanted.tobytes()
+    assert not coming.copies

@@ -7,8 +7,8 @@ the run nothing but that snapshot, which is told. When to take one, and what to 
 it, is the controller's business.
 
 Memory: on each device `Staging.num_bytes` while a snapshot is on its way; in host
-memory the images of two steps and, where devices have memory of their own, two copies
-of one device's. `Snapshots.predict` tells how much that is.
+memory the images of two steps and, where devices have memory of their own, what is
+pinned for the bytes of one. `Snapshots.predict` tells how much that is.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -38,10 +38,12 @@ from shardkit.snapshot.config import SnapshotConfig
 from shardkit.snapshot.image import ImageWriter
 from shardkit.snapshot.kept import image_layout
 from shardkit.snapshot.layout import META_ROOM_BYTES, ImageLayout
+from shardkit.snapshot.pace import Pace
 from shardkit.snapshot.recent import RecentSteps
 from shardkit.snapshot.restore import restore
 from shardkit.snapshot.store import HostMemory, Store
-from shardkit.staging import Staging
+from shardkit.snapshot.writing import count_writers, write_pieces
+from shardkit.staging import Coming, Staging
 
 __all__ = ["Snapshots", "open_snapshots"]
 
@@ -85,11 +87,16 @@ class _Job:
     held_s: float = math.inf
     stall_s: float = 0.0
 
-    def stage(self) -> list[Array]:
-        """Copies the state on its devices; a step that waits may then go on."""
+    def stage(self, kept: Sequence[tuple[int, int]]) -> tuple[list[Array], Coming]:
+        """Copies the state on its devices; a step that waits may then go on.
+
+        Returns:
+            The copies, and the pieces of them that are on their way to host memory.
+        """
         try:
             self.wait_for_state()
-            return self.copy(self.state)
+            staged = self.copy(self.state)
+            return staged, self.staging.start(staged, kept)
         finally:
             self.state = None
             self.note_stall()
@@ -131,6 +138,7 @@ class Snapshots:
         self._plans: dict[Staging, _Plan] = {}
         self._recent = RecentSteps(META_ROOM_BYTES)
         self._kept: int | None = None
+        self._pace = Pace(every)
 
     def is_due(self, step: int) -> bool:
         """Whether the state before a step is to be taken."""
@@ -185,37 +193,43 @@ class Snapshots:
     def _keep(self, job: _Job) -> None:
         """Brings a state to the store; runs in the thread."""
         since_s = time.monotonic()
-        staged = job.stage()
+        try:
+            plan = self._plan(job.staging)
+        except BaseException:
+            job.is_staged.set()
+            raise
+        staged, coming = job.stage(plan.kept)
         try:
             jax.block_until_ready(staged)
             start_s = time.monotonic()
-            plan = self._plan(job.staging)
             slot = self._store.reserve(plan.image.num_bytes)
-            self._write(slot.memory, job, plan, staged)
+            self._write(slot.memory, job, plan, coming)
         finally:
             for array in staged:
                 array.delete()
         self._store.commit(slot, job.step)
         self._kept = job.step
+        now_s = time.monotonic()
+        copy_s = now_s - start_s
         self._events.emit(
             "snapshot",
             since_s=since_s,
             step=job.step,
             bytes=plan.image.num_bytes,
             stall_s=job.stall_s,
-            copy_s=time.monotonic() - start_s,
+            copy_s=copy_s,
         )
+        if message := self._pace.note(now_s, stall_s=job.stall_s, copy_s=copy_s):
+            self._events.emit("notice", message=message)
 
     def _write(
-        self, memory: memoryview, job: _Job, plan: _Plan, staged: list[Array]
+        self, memory: memoryview, job: _Job, plan: _Plan, coming: Coming
     ) -> None:
         step, generation = job.step, self._store.generation
         writer = ImageWriter(memory, plan.image, step=step, generation=generation)
         self._events.begin("snapshot", step=step)
-        for index, words in plan.staging.read(staged, plan.kept):
-            target = writer.view(index)
-            target.view(words.dtype)[...] = words
-            writer.put_done(index)
+        num_threads = count_writers(is_on_host=plan.staging.is_on_host)
+        write_pieces(writer, plan.staging.read(coming), num_threads)
         writer.commit(job.meta())
 
     def _plan(self, staging: Staging) -> _Plan:
@@ -334,9 +348,14 @@ class Snapshots:
         Returns:
             `"device_bytes"`: more on every device, while one is on its way.
             `"image_bytes"`: in host memory for each of two steps.
+            `"pinned_bytes"`: of host memory that devices write to, likewise.
         """
         image = self._plan(staging).image
-        return {"device_bytes": staging.num_bytes, "image_bytes": image.num_bytes}
+        return {
+            "device_bytes": staging.num_bytes,
+            "image_bytes": image.num_bytes,
+            "pinned_bytes": 0 if staging.is_on_host else image.num_bytes,
+        }
 
 
 def _name_thread() -> None:
