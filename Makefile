@@ -68,5 +68,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet -c constraints.txt \
-		-e '.[tensorboard,plots]' --group dev
+		-e '.[tensorboard,plots,parity]' --group dev
 	@touch $@

@@ -75,6 +75,7 @@ class Built:
         )
         self.devices = build.device_pool(assignment.num_devices)
         self.events = sk.EventLog()
+        self.probe = part.probe(self.devices)
         self.trainer, self.corpus_digest = build.build_trainer(
             config,
             devices=self.devices,
@@ -82,6 +83,7 @@ class Built:
             events=self.events,
             snapshot=part.snapshots(config.snapshot.every),
             speeds=part.speeds(self.devices),
+            probe=self.probe,
         )
 
 
@@ -135,7 +137,7 @@ def train_supervised(
     config = arguments.config
     built = prepared or Built(arguments, supervision.assignment)
     built.store.join(supervision.member)
-    supervision.watch(built.events)
+    supervision.watch(built.events, config.train.steps, built.probe)
     trainer = built.trainer
     directory = own = built.directory
     if not built.is_first:

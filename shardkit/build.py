@@ -124,6 +124,7 @@ def import_all(config: RunConfig) -> None:
     """
     import jax  # noqa: F401
 
+    import shardkit.checkpoint.engine
     import shardkit.optim
     import shardkit.trainer  # noqa: F401
 
@@ -181,6 +182,7 @@ def build_trainer(
     events: Any,
     snapshot: Any = None,
     speeds: Mapping[int, float] | None = None,
+    probe: Any = None,
 ) -> tuple[Any, str | None]:
     """Builds everything that a config names.
 
@@ -191,6 +193,7 @@ def build_trainer(
         events: Where events are sent.
         snapshot: An `sk.SnapshotConfig`; None for what the config says.
         speeds: Device id → how fast it is beside the others.
+        probe: What measures how fast this process is; None for nothing.
 
     Returns:
         A `Trainer` that has not begun, and the digest of its corpus or None.
@@ -236,6 +239,7 @@ def build_trainer(
         ),
         snapshot=snapshot,
         speeds=speeds,
+        probe=probe,
         eval=evaluation,
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),

@@ -134,18 +134,19 @@ class Controller:
             self.step, state = self._saved().load(placement)
         elif self.is_resumed:
             goal = placement.layout, placement.mesh
-            with self.events.phase("restore", step=self.step):
-                self.step, state = self._snapshots.load(*goal)
+            self.step, state = self._snapshots.go_on(*goal)
             if self._history is not None:
                 self._history.go_on(self.step)
         else:
             state = placement.init()
         self.live = placement, state
 
-    def _take_snapshot(self) -> None:
+    def _take_snapshot(self, metrics: dict[str, Array] | None = None) -> None:
         """Starts a copy of the state if one is due, before a step uses it up."""
+        placement, state = self.start()
+        if metrics is not None:
+            self._snapshots.note(self.step - 1, placement.mesh, metrics)
         if self._snapshots.is_due(self.step):
-            placement, state = self.start()
             placement.compile_stage()
             self._snapshots.take(self.step, placement.staging, placement.stage, state)
 
@@ -186,7 +187,7 @@ class Controller:
         state, metrics = placement.step(state, batch, self._snapshots.hold)
         # State and step move together, before anybody sees either.
         self.live, self.step = (placement, state), self.step + 1
-        self._take_snapshot()
+        self._take_snapshot(metrics)
         if self._overlap.num_asked is None:
             self._num_here += 1
         if self._standby is not None and self._num_here == _SETTLED:
@@ -268,7 +269,7 @@ class Controller:
         )
         self._certificates.judge(transition, differing, step)
         self.live = transition.new, moved
-        self._take_snapshot()
+        self._take_snapshot(metrics)
         self._tell(transition, step, not differing)
         return metrics
 

@@ -88,6 +88,10 @@ class EventLog:
     - `"snapshot"`, while the state is on its way to host memory, in a thread: `step`,
       `bytes`, `stall_s` (what the training thread waited), `copy_s` (from when the
       state was computed).
+    - `"last_steps"`: `step`, `recent`. When the state of an earlier process has been
+      read, what is known of the steps before it, oldest first, as
+      `snapshot.recent.LastStep.from_json` reads it: that process may not have come to
+      tell them.
     - `"eval"`: `step`, `loss`, the metrics. `"checkpoint"`: `step`.
     - `"restored"`: `step`, when its state has been read. `"rewind"`: `step`,
       `repeats`, `source` (`"snapshot"` or `"checkpoint"`).

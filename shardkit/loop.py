@@ -15,6 +15,7 @@ from shardkit.elastic import ask
 from shardkit.leaving import halt, save_and_leave
 from shardkit.membership import Membership
 from shardkit.metrics import Pending, StepMetrics
+from shardkit.probe import SpeedProbe
 from shardkit.waits import GivenUp
 
 __all__ = ["train"]
@@ -26,6 +27,7 @@ def train(
     membership: Membership,
     pending: Pending,
     due: Mapping[Callable[[], Any], int],
+    probe: SpeedProbe | None = None,
 ) -> Generator[StepMetrics, None, None]:
     """Trains until `steps` steps are done; see `Trainer.run`.
 
@@ -35,9 +37,10 @@ def train(
         membership: Who asks for changes.
         pending: What holds steps back until the next one is under way.
         due: What is to be done after every so many steps, in this order.
+        probe: What measures this process beside the steps, or None.
     """
     try:
-        yield from _steps(controller, steps, membership, pending, due)
+        yield from _steps(controller, steps, membership, pending, due, probe)
     except GivenUp:
         # Only what has been looked at is saved.
         yield from pending.flush()
@@ -50,6 +53,7 @@ def _steps(
     membership: Membership,
     pending: Pending,
     due: Mapping[Callable[[], Any], int],
+    probe: SpeedProbe | None,
 ) -> Iterator[StepMetrics]:
     pool, events = controller.placements.pool, controller.events
     while controller.step < steps:
@@ -69,6 +73,8 @@ def _steps(
         if controller.is_resumed:
             controller.is_resumed = False
             yield from _do_what_is_due(controller, pending, due)
+        if probe is not None:
+            probe(controller.step, *controller.start())
         metrics = controller.reconfigure(wanted, change) if moves else None
         if metrics is None:
             metrics = _first_step(controller) if moves else controller.advance()

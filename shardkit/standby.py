@@ -5,7 +5,6 @@ those are. Invariant: nobody waits for it. It holds no state of a run; what it h
 compiled it leaves with the placements.
 """
 
-import collections
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -35,7 +34,6 @@ def likely_counts(
     *,
     scripted: Iterable[int] = (),
     configured: Iterable[int] = (),
-    host_counts: Iterable[int] = (),
 ) -> list[int]:
     """Guesses the device counts of the next change, the likeliest first.
 
@@ -44,17 +42,16 @@ def likely_counts(
         num_pool: How many there can be.
         scripted: What is known to come, in order.
         configured: What somebody expects, in order.
-        host_counts: How many of the devices each host has.
 
     Returns:
         Counts from 1 to `num_pool`, each once, without the present one: what is
-        scripted; what is configured; one and two fewer; one host fewer; the whole
-        pool; one more; half.
+        scripted; what is configured; one and two fewer; the whole pool; one more;
+        half.
 
     Example:
         >>> likely_counts(6, 8, scripted=[3, 8])
         [3, 8, 5, 4, 7]
-        >>> likely_counts(16, 16, configured=[12], host_counts=[8, 8])
+        >>> likely_counts(16, 16, configured=[12])
         [12, 15, 14, 8]
     """
     guesses = [
@@ -62,8 +59,6 @@ def likely_counts(
         *configured,
         num_devices - 1,
         num_devices - 2,
-        # Hosts that have as many lose as many.
-        *sorted({num_devices - count for count in host_counts}, reverse=True),
         num_pool,
         num_devices + 1,
         num_devices // 2,
@@ -166,19 +161,24 @@ class Standby:
     ) -> None:
         """Expects what may come next.
 
+        Over several processes that is only what is known: all of them must agree on a
+        change, and those that lose one of them begin anew.
+
         Args:
             hosts: The host of every device that the run is on.
             num_pool: How many devices there are at all.
             scripted: Device counts that are known to come.
         """
-        counts = likely_counts(
-            len(hosts),
-            num_pool,
-            scripted=scripted,
-            configured=self.configured,
-            host_counts=collections.Counter(hosts).values(),
-        )
-        self.expect(counts, present=len(hosts))
+        present = len(hosts)
+        if len(set(hosts)) > 1:
+            known = dict.fromkeys([*scripted, *self.configured])
+            counts = [n for n in known if n != present]
+        else:
+            counts = likely_counts(
+                present, num_pool, scripted=scripted, configured=self.configured
+            )
+        if counts:
+            self.expect(counts, present=present)
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until there is nothing left to do; whether that was so in time."""

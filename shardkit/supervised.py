@@ -26,10 +26,10 @@ from shardkit.errors import ConfigError
 from shardkit.events import EventLog
 from shardkit.report.run_dir import claim
 from shardkit.snapshot.config import SnapshotConfig
+from shardkit.snapshot.groups import Redundancy
 
 __all__ = ["Part", "Supervision", "join_supervisor", "leave"]
 
-_CLAIM_S = 60.0
 _POLL_S = 0.01
 
 
@@ -43,6 +43,8 @@ class Part:
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self.store = MemberStore(assignment, os.environ["SHARDKIT_RUN"])
+        # It may be preparing, and is told of no others then.
+        self._meet_s = Deadlines.of_environment(os.environ).meet_s
 
     @property
     def is_first(self) -> bool:
@@ -66,19 +68,19 @@ class Part:
             draft = shared.with_name(f".out-{os.getpid()}")
             draft.write_text(str(claim(stem).absolute()), encoding="utf-8")
             draft.replace(shared)
-        end_s = time.monotonic() + _CLAIM_S
+        end_s = time.monotonic() + self._meet_s
         while not shared.exists():
             if time.monotonic() > end_s:
                 raise ConfigError(
-                    f"{shared}: process 0 did not say for {_CLAIM_S:g} s where the run "
-                    "is kept; name it with --out DIR"
+                    f"{shared}: process 0 did not say for {self._meet_s:g} s (meet_s) "
+                    "where the run is kept; name it with --out DIR"
                 )
             time.sleep(_POLL_S)
         return Path(shared.read_text(encoding="utf-8"))
 
     def start_jax(self) -> None:
         """Joins JAX of this process to that of the others; before devices are used."""
-        start_jax(self.assignment, timeout_s=Deadlines().form_s)
+        start_jax(self.assignment, timeout_s=self._meet_s)
 
     def snapshots(self, every: int) -> SnapshotConfig:
         """Keeps them with the agent of this host.
@@ -99,6 +101,16 @@ class Part:
             for device, process in zip(devices, processes, strict=True)
         }
 
+    def probe(self, devices: Sequence[Any]) -> Any:
+        """What measures how fast this process is; None if nobody asks for that."""
+        from shardkit.probe import SpeedProbe
+
+        is_asked = os.environ.get("SHARDKIT_STRAGGLERS") == "balance"
+        if not is_asked or self.assignment.num_processes < 2:
+            return None
+        mine = self.assignment.process_index
+        return SpeedProbe([x for x in devices if x.process_index == mine])
+
 
 class Supervision:
     """What a process is in a supervised run.
@@ -109,7 +121,7 @@ class Supervision:
 
     def __init__(self, member: Member) -> None:
         self.member, self.assignment = member, member.assignment
-        self._watch = Watch(member)
+        self._watch, self._probe = Watch(member), None
         self._faults = FaultPoints(
             [parse_fault(x) for x in os.environ.get("SHARDKIT_FAULTS", "").split()],
             self.assignment.process_index,
@@ -134,15 +146,23 @@ class Supervision:
             self.member, script, num_pool, least=self.assignment.num_processes
         )
 
-    def watch(self, events: EventLog) -> None:
-        """Tells the supervisor from now on what the run is doing."""
+    def watch(self, events: EventLog, steps: int, probe: Any = None) -> None:
+        """Tells the supervisor from now on what the run is doing.
+
+        Args:
+            events: Of the run.
+            steps: Where it ends.
+            probe: What `Part.probe` returned.
+        """
+        self._probe, self._watch.steps = probe, steps
         # A fault may be that nothing is told any more.
         events.subscribe(begins=self._faults.begin)
         events.subscribe(self._watch.event, begins=self._watch.begin)
 
     def step(self, metrics: Any) -> None:
         """Tells that a step is done."""
-        self._watch.step(metrics)
+        facts = {} if self._probe is None else self._probe.facts
+        self._watch.step(metrics, **facts)
         self._faults.stepped(metrics.step + 1, metrics.step_s or 0.0)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -152,9 +172,14 @@ class Supervision:
     def halt(self, step: int) -> NoReturn:
         """Tells that this process has halted, and ends it.
 
+        A host may be on its way out, so what protects the last snapshot is made first,
+        as far as that can be in half the time that a halt has.
+
         Args:
             step: Before which; the state is in a snapshot.
         """
+        if Redundancy.parse(self.assignment.redundancy).num_losses:
+            self.member.wait_protected(step, self.member.deadlines.halt_s / 2)
         self.member.halted(step)
         leave(0)
 

@@ -30,6 +30,7 @@ from shardkit.microbatch import checked_speeds
 from shardkit.model_state import Variables
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
+from shardkit.probe import SpeedProbe
 from shardkit.program_report import ProgramReport
 from shardkit.recipe import LossScale, Recipe
 from shardkit.snapshot.config import SnapshotConfig
@@ -77,6 +78,7 @@ class Trainer:
         standby: How many placements are compiled ahead of changes, over the whole run.
         standby_counts: Device counts of which to think first, after a script's.
         speeds: Device id → relative speed; slow ones compute fewer microbatches.
+        probe: What measures between steps how fast this process is; None for nothing.
         events: Where events are sent; None for a log of its own. Notices to which
             nobody listens go to the logger `shardkit`.
         manifest: JSON facts that a checkpoint must share to be restored.
@@ -126,6 +128,7 @@ class Trainer:
         standby: int = 0,
         standby_counts: Sequence[int] = (),
         speeds: Mapping[int, float] | None = None,
+        probe: SpeedProbe | None = None,
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
@@ -154,7 +157,7 @@ class Trainer:
             loss_scale=loss_scale,
             combine=combine or {},
         )
-        self._eval, self._checkpoint = eval, checkpoint
+        self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
         layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
@@ -274,7 +277,7 @@ class Trainer:
         if self._checkpoint:
             due[functools.partial(self.save, wait=False)] = self._checkpoint.every
         pending = Pending(check_gradients=self._recipe.loss_scale is None)
-        metrics = train(controller, steps, membership, pending, due)
+        metrics = train(controller, steps, membership, pending, due, self._probe)
         try:
             while True:
                 # What the caller does between two steps is never given up.
@@ -345,6 +348,9 @@ class Trainer:
 
     def go_on(self) -> int:
         """Goes to the newest snapshot of an earlier process of this very run.
+
+        When its state is first needed and read, the event `"last_steps"` tells of the
+        steps before it, since that process may not have come to.
 
         Returns:
             The step; 0 if there is none.

@@ -8,6 +8,10 @@ import numpy as np
 
 import shardkit as sk
 from shardkit.layout import LeafLayout
+from shardkit.snapshot.assignment import assign
+from shardkit.snapshot.image import ImageWriter
+from shardkit.snapshot.kept import image_layout, list_claims
+from shardkit.snapshot.layout import ImageLayout
 from shardkit.snapshot.snapshots import Snapshots
 from shardkit.snapshot.store import HostMemory
 from shardkit.staging import Staging
@@ -76,6 +80,44 @@ def staging_program(layout, mesh):
         check_vma=False,
     )
     return staging, jax.jit(copy)
+
+
+def split(state, mesh, hosts, num_losses=0, step=3):
+    """Images as processes of some hosts would write them, one device each."""
+    staging, copy = staging_program(state.layout, mesh)
+    ids = [device.id for device in mesh.devices.flat]
+    process_of = {id: i % len(hosts) for i, id in enumerate(ids)}
+    claims = [
+        type(claim)(
+            claim.leaf,
+            claim.box,
+            claim.num_bytes,
+            tuple((process_of[device], device) for _, device in claim.holders),
+        )
+        for claim in list_claims(staging)
+    ]
+    host_of = dict(enumerate(hosts))
+    alone = image_layout(staging, HostMemory())
+    staged, images = copy(state.on(mesh)), {}
+    for process, pieces in assign(claims, host_of, num_losses).items():
+        layout = ImageLayout.plan(
+            run="r",
+            host=hosts[process],
+            process=process,
+            num_processes=len(hosts),
+            leaves=alone.leaves,
+            mesh=alone.mesh,
+            pieces=pieces,
+        )
+        memory = bytearray(layout.num_bytes)
+        writer = ImageWriter(memoryview(memory), layout, step=step, generation=0)
+        kept = [(piece.leaf, piece.device) for piece in pieces]
+        for index, words in staging.read(staged, kept):
+            writer.view(index).view(words.dtype)[...] = words
+            writer.put_done(index)
+        writer.commit({})
+        images[process] = memory
+    return images
 
 
 def take(state, mesh, *, step=3, store=None):

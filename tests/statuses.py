@@ -22,6 +22,9 @@ def make_status(**changed):
             "standbys": 1,
             "flaps": 0,
             "until_s": None,
+            "image_bytes": 82_000_000,
+            "protection_bytes": 27_300_000,
+            "predicted_bytes": 109_500_000,
         }
         for number in range(3)
     ]
@@ -33,6 +36,9 @@ def make_status(**changed):
             "standbys": 0,
             "flaps": 3,
             "until_s": 42.0,
+            "image_bytes": None,
+            "protection_bytes": None,
+            "predicted_bytes": None,
         }
     )
     names = ("detect", "end", "choose", "form", "restore", "first_step")
@@ -48,6 +54,7 @@ def make_status(**changed):
             {"name": name, "s": s} for name, s in zip(names, spent_s, strict=True)
         ],
         "rebuilt_bytes": 30_000_000,
+        "fetched_bytes": 20_000_000,
     }
     return {
         "run": "tiny-001",
@@ -66,6 +73,7 @@ def make_status(**changed):
             "age_s": 0.2,
             "bytes": 123_000_000,
             "protection_bytes": 41_000_000,
+            "predicted_bytes": 328_500_000,
         },
         "hosts": hosts,
         "recoveries": [

@@ -61,6 +61,7 @@ def test_uninterrupted(launch):
     assert 0 <= status["step"] - status["snapshot"]["step"] <= 2
     assert [x["local"] for x in cluster.seats(1)] == [2, 2, 2, 2]
     assert [x["offset"] for x in cluster.seats(1)] == [0, 2, 4, 6]
+    assert [x["silence_s"] for x in cluster.seats(1)] == [QUICK["silence_s"]] * 4
     check_end(cluster)
 
 

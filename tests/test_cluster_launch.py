@@ -43,6 +43,7 @@ from shardkit.command.main import main
             ],
             "expected at least 2 hosts, since a host cannot protect itself; found 1",
         ),
+        (["--processes", "2", "--stragglers", "eject", "--", "x"], "choice: 'eject'"),
         (["--processes", "2", "--deadlines", "end_s=x", "--", "true"], "end_s=x"),
         (["--processes", "2", "--deadlines", "end_s=1", "--", "true"], "must be below"),
         (["--processes", "2", "--out-dir", "/dev/null/x", "--", "true"], "cannot be"),

@@ -7,7 +7,6 @@ from worlds import World, begin, crash, kill
 
 from shardkit.cluster.generations import Machine
 from shardkit.cluster.orders import EndRun
-from shardkit.cluster.settings import Limits
 
 
 def test_it_forms_when_all_hosts_are_there():
@@ -126,31 +125,6 @@ def test_leaving_before_anything_began_ends_at_once():
     world = World()
     world.carry_out(world.machine.leave("asked", world.now_s))
     assert world.ended == EndRun(75, "asked")
-
-
-def test_slow_workers_get_less_and_the_slowest_nothing():
-    world = begin(limits=Limits(settle_steps=1, straggler_steps=3))
-
-    def work(busy):
-        for host, agent in world.agents.items():
-            for worker in agent.running():
-                worker.told["facts"] = {"busy_s": busy[host], "work": 4}
-
-    generation = world.machine.generation
-    for _ in range(60):
-        if world.machine.generation > generation:
-            break
-        work({"host-0": 1.0, "host-1": 1.0, "host-2": 2.0})
-        world.wait()
-    assert world.machine.live.seats[0].assignment.quotas == (5, 5, 2)
-    generation = world.machine.generation
-    for _ in range(60):
-        if world.machine.generation > generation:
-            break
-        work({"host-0": 1.0, "host-1": 20.0, "host-2": 1.0})
-        world.wait()
-    assert world.machine.live.hosts == ("host-0", "host-2")
-    assert world.machine.hosts["host-1"].until_s is not None
 
 
 def test_frozen_processes_are_ended():

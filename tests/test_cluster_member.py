@@ -2,12 +2,14 @@
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 from clusters import ASSIGNMENT
 
 from shardkit.cluster import Assignment, ImageRef, Member, Resume
 from shardkit.cluster.deadlines import Deadlines
+from shardkit.cluster.fetching import Span
 from shardkit.cluster.wire import (
     Closed,
     Unanswered,
@@ -120,23 +122,21 @@ def test_memory_that_does_not_come_is_said_to_be_missing(member):
         Unanswered, match="did not answer with memory for a snapshot of"
     ):
         found.reserve(100)
-    assert line.sent[-1]["type"] == "failed"
-    assert line.sent[-1]["kind"] == "Unanswered"
-    found, _, _ = member({"reserve": {"type": "refused", "why": "no memory"}})
+    found, other, _ = member({"reserve": {"type": "refused", "why": "no memory"}})
     with pytest.raises(ClusterError, match="the agent: no memory"):
         found.reserve(100)
+    # That costs a snapshot. Who goes on has not failed, and is not the cause of
+    # whatever ends it later.
+    assert "failed" not in {x["type"] for x in line.sent + other.sent}
 
 
 def test_protection_of_another_generation_does_not_count(member):
     found, line, _ = member()
     line.say(type="protected", of=2, step=9)
     line.say(type="protected", of=3, step=4)
-    found.wait_protected(4, 5)
+    assert found.wait_protected(4, 5)
     assert found.protected_step == 4
-    with pytest.raises(
-        Unanswered, match="snapshot of step 5 is whole; the newest is of"
-    ):
-        found.wait_protected(5, 0.05)
+    assert not found.wait_protected(5, 0.05)
 
 
 def test_what_is_stale_or_without_an_agent_ends(member):
@@ -165,9 +165,41 @@ def test_images_are_read_within_their_bounds(member, segments):
     segments.path(name).write_bytes(bytes(range(16)))
     found, _, _ = member({"where": {"type": "file", "path": str(segments.path(name))}})
     ref = ImageRef(host="host-0", address="", name=name, process=0, num_bytes=16)
-    assert bytes(found.fetch(ref, 3, 4)) == bytes([3, 4, 5, 6])
+    spans = [Span(ref, 3, 4), Span(ref, 0, 1)]
+    assert [bytes(x) for x in found.fetch_all(spans)] == [bytes([3, 4, 5, 6]), b"\0"]
     with pytest.raises(ClusterError, match="bytes 10 to 17 were asked for, it has 16"):
-        found.fetch(ref, 10, 7)
+        found.fetch_all([Span(ref, 10, 7)])
+
+
+def test_what_was_fetched_is_told(member):
+    found, line, _ = member()
+    found.restored()
+    assert {"type": "restored", "fetched_bytes": 0} in line.sent
+
+
+def test_memory_of_what_was_gone_on_from_is_given_back(member, segments):
+    segments.create("image", 16).close()
+    path = str(segments.path("image"))
+    answers = {"where": {"type": "file", "path": path}}
+    found, _, _ = member(answers | {"reserve": {"type": "refused", "why": "no"}})
+    ref = ImageRef(host="host-0", address="", name="image", process=0, num_bytes=16)
+    assert bytes(found.fetch_all([Span(ref, 0, 2)])[0]) == bytes(2)
+    assert path in Path("/proc/self/maps").read_text()
+    with pytest.raises(ClusterError):
+        found.reserve(16)
+    assert path not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), {1}])
+def test_what_cannot_be_told_is_refused_where_it_is_said(member, loss):
+    found, line, _ = member()
+    with pytest.raises((TypeError, ValueError), match="JSON"):
+        found.progress(1, "step", loss=loss)
+    found.progress(2, "step", loss=1.0)
+    with line.arrived:
+        assert line.arrived.wait_for(
+            lambda: any(x.get("step") == 2 for x in line.sent), 5
+        )
 
 
 def test_assignments_survive_json():

@@ -1,22 +1,29 @@
 """The arithmetic, the files and the children of a cluster."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from clusters import ASSIGNMENT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkit.cluster import join
+from shardkit.cluster.asking import Address, Asker
 from shardkit.cluster.deadlines import Deadlines
 from shardkit.cluster.processes import spell_status
 from shardkit.cluster.settings import Settings, read_private, write_private
 from shardkit.cluster.split import plan_hosts, split
 from shardkit.cluster.stragglers import share
+from shardkit.cluster.supervisor import Supervisor
 from shardkit.cluster.watchdog import Watchdog
-from shardkit.errors import ConfigError
+from shardkit.cluster.wire import WireError, accept, encode
+from shardkit.cluster.workers import Worker, Workers
+from shardkit.errors import ClusterError, ConfigError
 
 
 @given(st.integers(0, 200), st.integers(1, 40))
@@ -179,3 +186,101 @@ def test_a_cluster_that_is_gone_cannot_be_joined():
         timeout=30,
     )
     assert "ClusterError: SHARDKIT_AGENT=127.0.0.1:1: cannot join" in done.stderr
+
+
+def test_a_process_that_takes_the_place_of_another_is_told_so(monkeypatch):
+    async def pretend(reader, writer):
+        link = await accept(reader, writer, "x", 5)
+        while (await link.receive()).header["type"] != "worker":
+            pass
+        link.post({"type": "stale"})
+        with pytest.raises(WireError, match="is gone"):
+            await link.receive()
+        link.abort()
+
+    async def main():
+        server = await asyncio.start_server(pretend, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        monkeypatch.setenv("SHARDKIT_AGENT", f"{host}:{port}")
+        monkeypatch.setenv("SHARDKIT_TOKEN", "x")
+        monkeypatch.setenv("SHARDKIT_WORKER", "3")
+        monkeypatch.setattr("shardkit.cluster.joining.die_with_parent", lambda: None)
+        with pytest.raises(ClusterError, match="waits for no worker 3: another"):
+            await asyncio.to_thread(join)
+        server.close()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+def test_what_workers_said_last_always_fits_into_a_report(count):
+    workers = {}
+    for id in range(count):
+        worker = workers[id] = Worker(id)
+        worker.child = SimpleNamespace(pid=1, returncode=1)
+        worker.assignment, worker.state = ASSIGNMENT, "exited"
+        worker.ended_s = worker.failed_s = worker.started_s
+        # What is no text is spelled with six bytes each.
+        worker.tail.extend(["\ufffd" * 2000] * 40)
+        worker.told["failed"] = {
+            "kind": "XlaRuntimeError",
+            "message": "\ufffd" * 20000,
+            "traceback": "\ufffd" * 19995 + "the end",
+        }
+    found = Workers.report(SimpleNamespace(all=workers))
+    assert len(encode({"type": "report", "workers": found})) < 1 << 20
+    for entry in found:
+        assert entry["failed"]["traceback"].endswith("the end")
+        assert entry["tail"]
+
+
+def test_a_supervisor_that_cannot_save_goes_on_and_says_so_once(tmp_path):
+    told = []
+    history = SimpleNamespace(to_json=dict)
+    there = SimpleNamespace(
+        _file=tmp_path / "none" / "state.json",
+        _unsaved="",
+        _settings=SimpleNamespace(run="r"),
+        _machine=history,
+        _history=history,
+        _launcher=SimpleNamespace(post=told.append),
+    )
+    for _ in range(3):
+        Supervisor._save(there)
+    assert [x["type"] for x in told] == ["tell"]
+    assert "No such file or directory" in told[0]["text"]
+    (tmp_path / "none").mkdir()
+    Supervisor._save(there)
+    assert (there._unsaved, there._file.exists()) == ("", True)
+
+
+def test_a_status_that_does_not_fit_into_a_header_is_told_all_the_same(tmp_path):
+    cause = "x" * 2000
+    status = {"run": "r", "recoveries": [{"cause": cause}] * 600}
+    there = SimpleNamespace(_status=lambda: status)
+
+    async def met(reader, writer):
+        link = await accept(reader, writer, "x", 5)
+        header = (await link.receive()).header
+        with pytest.raises(WireError, match="is gone"):
+            await Supervisor._serve_person(there, link, header)
+        link.abort()
+
+    async def main():
+        server = await asyncio.start_server(met, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        address = Address(path=tmp_path, address=f"{host}:{port}", token="x")
+
+        def ask():
+            with Asker(address) as asker:
+                return asker.ask(5)
+
+        found = await asyncio.to_thread(ask)
+        server.close()
+        await asyncio.sleep(0.05)
+        return found
+
+    found = asyncio.run(main())
+    assert len(found.recoveries) == 600
+    assert found.recoveries[0].cause == cause

@@ -84,9 +84,14 @@ def test_a_lost_host_loses_nothing(launch, redundancy):
     snapshot = cluster.wait_status(lambda s: s["snapshot"])["snapshot"]
     held = snapshot["bytes"] + snapshot["protection_bytes"]
     assert 0 < snapshot["protection_bytes"] < held <= snapshot["predicted_bytes"]
+    for host in cluster.status()["hosts"]:
+        held = host["image_bytes"] + host["protection_bytes"]
+        assert 0 < host["image_bytes"] < held <= host["predicted_bytes"]
     step = protected_step(cluster)
     lose(cluster, "host-2")
     check_nothing_lost(recovery(cluster), step)
+    # Counters want all of every image.
+    cluster.wait_status(lambda s: s["recoveries"][-1]["fetched_bytes"] > 0)
     errors = check_end(cluster)
     assert "of process 2, lost with host-2, are rebuilt on host-" in errors
     assert "MB of a host's memory, what protects them" in errors

@@ -1,8 +1,10 @@
 """What a cluster makes of what is left, without any process: hosts, images, guards."""
 
+
 import pytest
 from worlds import World, begin, kill, make_settings
 
+from shardkit.cluster.orders import Send
 from shardkit.cluster.split import plan_hosts
 
 
@@ -57,6 +59,46 @@ def test_every_host_keeps_two_protections_at_most():
     world = protected("parity")
     world.wait(20)
     assert {len(agent.guards) for agent in world.agents.values()} <= {1, 2}
+
+
+def test_a_host_that_is_lost_before_it_has_said_what_it_has():
+    world = protected("parity:2")
+    step = world.machine.live.protected
+    good = world.answer
+
+    def answer(host, number, *, verify):
+        if host != "host-3":
+            good(host, number, verify=verify)
+
+    world.answer = answer
+    world.lose("host-1")
+    world.until(lambda: world.machine.state == "choosing")
+    world.answer = good
+    world.lose("host-3")
+    assert wait_next(world).step >= step
+
+
+def test_a_step_is_told_to_be_protected_before_the_next_is_ordered():
+    hosts = plan_hosts(4, 4, 8)
+    world = World(make_settings(redundancy="parity", hosts=hosts))
+    good, world.protect = world.protect, lambda *_: None
+    world.until(
+        lambda: (
+            world.agents
+            and all(len(agent.images) == 2 for agent in world.agents.values())
+        )
+    )
+    # Two steps are there, and neither is protected; now they will be.
+    said, carry_out = [], world.carry_out
+
+    def note(orders):
+        sent = [x for x in orders if isinstance(x, Send) and x.host == "host-0"]
+        said.extend((x.header["type"], x.header.get("step")) for x in sent)
+        carry_out(orders)
+
+    world.protect, world.carry_out = good, note
+    world.wait(3)
+    assert said.index(("protected", 1)) < said.index(("protect", 2))
 
 
 def test_a_host_that_is_lost_while_images_are_rebuilt():

@@ -1,11 +1,15 @@
 """Segments: given out, kept, and cleaned up."""
 
 import asyncio
+import dataclasses
+import os
+import time
 
 import numpy as np
 import pytest
 from clusters import ASSIGNMENT
 
+from shardkit.cluster import ImageRef, Resume
 from shardkit.cluster.desk import Desk
 from shardkit.cluster.launch import open_directory
 from shardkit.cluster.settings import write_private
@@ -34,23 +38,33 @@ def commit(slots, name, step, generation=1):
     return True
 
 
+def reserve(slots, generation, process, num_bytes):
+    """Gives out a segment, or a new one where there may be one."""
+    name = slots.reserve(generation, process, num_bytes)
+    if name is None and slots.may_grow(generation, process):
+        made = slots.create(slots.new_name("image"), num_bytes)
+        slots.add(generation, process, made)
+        name = slots.reserve(generation, process, num_bytes)
+    return name
+
+
 def test_the_newest_whole_image_is_never_given_out(segments):
     slots = Slots(segments)
-    first = slots.reserve(1, 0, 100)
-    assert slots.reserve(1, 0, 100) == first
+    first = reserve(slots, 1, 0, 100)
+    assert reserve(slots, 1, 0, 100) == first
     assert commit(slots, first, 1)
-    second = slots.reserve(1, 0, 100)
+    second = reserve(slots, 1, 0, 100)
     assert commit(slots, second, 2)
-    assert slots.reserve(1, 0, 100) is None
+    assert reserve(slots, 1, 0, 100) is None
     slots.protect(1, 1)
-    assert slots.reserve(1, 0, 100) is None
+    assert reserve(slots, 1, 0, 100) is None
     slots.protect(1, 2)
-    assert slots.reserve(1, 0, 100) == first
+    assert reserve(slots, 1, 0, 100) == first
     # What is being written is no image any more.
     assert [x.step for x in slots.images()] == [2]
     assert not commit(slots, second, 9)
     # A larger one takes its place.
-    third = slots.reserve(1, 0, 1000)
+    third = reserve(slots, 1, 0, 1000)
     assert third not in (first, second)
     assert segments.path(third).stat().st_size == 1000
     assert not segments.path(first).exists()
@@ -59,13 +73,13 @@ def test_the_newest_whole_image_is_never_given_out(segments):
 
 def test_generations_have_segments_of_their_own(segments):
     slots = Slots(segments)
-    old = slots.reserve(1, 0, 10)
+    old = reserve(slots, 1, 0, 10)
     assert commit(slots, old, 5)
-    torn = slots.reserve(1, 0, 10)
+    torn = reserve(slots, 1, 0, 10)
     slots.drop_torn(1)
     assert segments.names() == [old]
     assert torn != old
-    new = slots.reserve(2, 0, 10)
+    new = reserve(slots, 2, 0, 10)
     assert new not in (old, torn)
     # A worker of an old generation cannot commit what was given to a new one.
     assert not commit(slots, new, 6, generation=1)
@@ -94,6 +108,94 @@ def test_a_host_without_room_says_so(segments, monkeypatch):
     (answer,) = ask(Slots(segments), {"type": "reserve", "num_bytes": 77})
     assert answer["why"].startswith("no memory for a snapshot of 77 bytes: segment")
     assert answer["why"].endswith("no room")
+
+
+def test_an_agent_is_heard_while_a_large_segment_is_made(segments, monkeypatch):
+    create, ticks = Segments.create, []
+
+    def slow(self, name, num_bytes):
+        time.sleep(0.3)
+        return create(self, name, num_bytes)
+
+    async def tick():
+        while True:
+            ticks.append(1)
+            await asyncio.sleep(0.01)
+
+    async def work(slots):
+        ticking = asyncio.create_task(tick())
+        question = {"type": "reserve", "num_bytes": 77}
+        answer = await Desk(slots).answer(ASSIGNMENT, question)
+        ticking.cancel()
+        return answer
+
+    monkeypatch.setattr(Segments, "create", slow)
+    slots = Slots(segments)
+    assert asyncio.run(work(slots))["type"] == "slot"
+    assert len(ticks) > 5
+    slots.clear()
+
+
+def test_a_segment_that_is_made_for_a_worker_that_ended_is_given_back(
+    segments, monkeypatch
+):
+    create = Segments.create
+
+    def slow(self, name, num_bytes):
+        time.sleep(0.1)
+        return create(self, name, num_bytes)
+
+    async def work(slots):
+        question = {"type": "reserve", "num_bytes": 77}
+        asking = asyncio.create_task(Desk(slots).answer(ASSIGNMENT, question))
+        await asyncio.sleep(0.02)
+        asking.cancel()
+        slots.drop_torn(ASSIGNMENT.generation)
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(Segments, "create", slow)
+    slots = Slots(segments)
+    asyncio.run(work(slots))
+    assert segments.names() == []
+    # Nor does what it had asked for before it ended count any more.
+    assert not slots.may_grow(ASSIGNMENT.generation, 0)
+
+
+def test_room_for_two_snapshots_is_enough_after_a_recovery(segments, monkeypatch):
+    """As docs/failures.md promises; else no step would be protected ever again."""
+    create, limit_bytes = Segments.create, 2 * 100
+
+    def full(self, name, num_bytes):
+        taken = sum(self.path(x).stat().st_size for x in self.names())
+        if taken + num_bytes > limit_bytes:
+            raise SaveError(28, "no room")
+        return create(self, name, num_bytes)
+
+    async def work(slots):
+        desk, question = Desk(slots), {"type": "reserve", "num_bytes": 100}
+        used = ImageRef(host="host-0", address="", name=old, process=0, num_bytes=100)
+        resume = Resume(step=5, images=(used,))
+        assignment = dataclasses.replace(ASSIGNMENT, resume=resume)
+        first = await desk.answer(assignment, question)
+        # What is gone on from stays until something newer is whole.
+        assert sorted(segments.names()) == sorted([old, first["name"]])
+        assert commit(slots, first["name"], 5, generation=3)
+        asking = asyncio.create_task(desk.answer(assignment, question))
+        await asyncio.sleep(0.05)
+        assert not asking.done()
+        slots.protect(3, 5)
+        desk.freed()
+        second = await asking
+        assert sorted(segments.names()) == sorted([first["name"], second["name"]])
+
+    monkeypatch.setattr(Segments, "create", full)
+    slots = Slots(segments)
+    old = reserve(slots, 2, 0, 100)
+    assert commit(slots, old, 5, generation=2)
+    older = reserve(slots, 2, 0, 100)
+    assert commit(slots, older, 4, generation=2)
+    asyncio.run(work(slots))
+    slots.clear()
 
 
 def write(memory, step):
@@ -141,10 +243,22 @@ def test_an_image_counts_if_it_is_what_it_is_said_to_be(segments):
     assert gone["why"] == "there is no such image any more"
 
 
+def test_what_a_run_left_is_gone_when_the_next_one_begins_elsewhere(tmp_path):
+    """As if all of its processes had been killed at once."""
+    segments = Segments(f"left{os.getpid()}", "host-0")
+    segments.create("image.1", 8).close()
+    os.utime(segments.path("image.1"), (0, 0))
+    with open_directory(tmp_path):
+        assert segments.names() == []
+
+
 def test_a_directory_is_cleaned_of_a_cluster_that_died(tmp_path, segments):
     segments.create("image.1", 8).close()
     write_private(tmp_path / "address.json", {"run": segments.run, "token": "t"})
+    (tmp_path / "out").write_text("of another run")
+    (tmp_path / "generation-1-process-1" / "of another run").mkdir(parents=True)
     with open_directory(tmp_path) as (path, _):
+        assert [x.name for x in path.iterdir()] == ["lock"]
         assert path == tmp_path
         assert not segments.path("image.1").exists()
         assert not (tmp_path / "address.json").exists()

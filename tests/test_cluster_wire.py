@@ -107,6 +107,19 @@ def test_without_the_token_nobody_gets_in():
     assert "does not know the token" in str(found["error"])
 
 
+def test_half_a_character_proves_nothing_and_breaks_nothing():
+    for fields in ({"proof": "\ud800"}, {"proof": "ab", "nonce": "\ud800"}):
+        found, thread = serve(echo)
+        host, port = found["address"].split(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.recv(4096)
+            stranger.sendall(encode({"type": "answer", **fields}))
+            stranger.settimeout(5)
+            assert stranger.recv(4096) == b""
+        thread.join()
+        assert "does not know the token" in str(found["error"])
+
+
 def test_who_does_not_know_the_token_is_not_talked_to_either():
     def pretend(listener):
         peer, _ = listener.accept()

@@ -36,7 +36,7 @@ TIERS = [
     "staging",
     "placement",
     "placements",
-    "elastic metrics checkpoint evaluation",
+    "elastic metrics checkpoint evaluation probe",
     "snapshot",
     "certificate rescue chaos",
     "controller",

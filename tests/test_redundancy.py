@@ -3,6 +3,9 @@
 import itertools
 import json
 import random
+import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ from shardkit.snapshot.codewords import cut_codewords
 from shardkit.snapshot.cost import ImageSize, predict
 from shardkit.snapshot.groups import Group, Redundancy, describe_limits, form_groups
 from shardkit.snapshot.head import header_fields, read_head, write_head
-from shardkit.snapshot.parity import ParitySum, decode
+from shardkit.snapshot.parity import ParitySum, coefficient_tables, decode
 from shardkit.snapshot.protection import ProtectionWriter, read_protection
 from shardkit.snapshot.protection_plan import ProtectionPlan
 from shardkit.snapshot.rebuild import rebuild
@@ -139,6 +142,20 @@ def test_sums_that_come_in_any_order_are_those_of_zfec(num_data, num_parity):
         for index in range(num_data):
             found = decode(num_data, num_parity, {i: blocks[i] for i in chosen}, index)
             assert bytes(found) == data[index]
+
+
+def test_without_zfec_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zfec", None)
+    for needs_none in ((1, 3), (7, 1)):
+        coefficient_tables.__wrapped__(*needs_none)
+    with pytest.raises(ConfigError, match=r"pip install 'shardkit\[parity\]'"):
+        coefficient_tables.__wrapped__(7, 3)
+
+
+def test_the_extra_has_what_is_said_to_be_in_it():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    assert [x.partition(">")[0] for x in extras["parity"]] == ["zfec"]
 
 
 def test_bytes_are_taken_once_and_in_order():

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import platform
 import re
 import runpy
@@ -23,6 +24,7 @@ from shardkit.report import (
 )
 from shardkit.report.jsonl import write_atomically
 from shardkit.report.summary import summarize, summary_rows, versions
+from shardkit.snapshot.recent import LastStep
 
 
 def scalars(path):
@@ -87,6 +89,52 @@ def test_the_step_really_begun_from_is_said(tmp_path, terminal, out):
         report.step(Metrics(2))
     assert out.getvalue().count("train: steps 2 to 20") == 1
     assert steps_in(directory.metrics) == [0, 1, 2]
+
+
+def last_step(step, *, loss_bits="40200000", **metrics):
+    found = LastStep(
+        step=step, loss_bits=loss_bits, num_devices=8, mesh={}, metrics=metrics
+    )
+    return found.to_json()
+
+
+@pytest.mark.parametrize(
+    ("number", "going_on", "added"),
+    [(7, 9, [7, 8]), (9, 9, []), (12, 9, []), (0, 1, [0]), (5, 6, [5])],
+)
+def test_what_the_process_before_did_not_tell_is_told_once(
+    tmp_path, terminal, number, going_on, added
+):
+    directory = open_run(tmp_path / "run")
+    train(directory, terminal, number)
+    log = EventLog()
+    with Report(directory, terminal, extras=False) as report:
+        log.subscribe(report.event)
+        report.begin(going_on)
+        known = range(max(going_on - 4, 0), going_on)
+        recent = [last_step(step, loss_bits="40400000") for step in known]
+        log.emit("last_steps", step=going_on, recent=recent)
+        report.step(Metrics(going_on))
+    assert steps_in(directory.metrics) == list(range(going_on + 1))
+    records = [r for r in read_records(directory.metrics) if "event" not in r]
+    assert [r["step"] for r in records if r["loss"] == 3.0] == added
+    trace = json.loads(directory.trace.read_text())["traceEvents"]
+    # What took time then took none now.
+    assert len([e for e in trace if e.get("cat") == "step"]) == number + 1
+
+
+def test_a_last_step_reaches_tensorboard_and_may_not_be_finite(tmp_path, terminal):
+    pytest.importorskip("tensorboardX")
+    directory, log = open_run(tmp_path / "run"), EventLog()
+    with Report(directory, terminal) as report:
+        log.subscribe(report.event)
+        report.begin(3)
+        recent = [last_step(2, loss_bits="7fc00000", grad_norm=math.inf)]
+        log.emit("last_steps", step=3, recent=recent)
+    (record,) = read_records(directory.metrics)
+    assert (record["loss"], record["loss_bits"]) == (None, "7fc00000")
+    (path,) = directory.tensorboard.iterdir()
+    assert scalars(path)["train/grad_norm"] == (2, math.inf)
 
 
 def test_a_loss_that_is_not_finite_stays_json(tmp_path, terminal):

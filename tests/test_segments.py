@@ -86,6 +86,16 @@ def test_only_what_nobody_maps_is_reclaimed(segments, start, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_what_was_just_made_is_not_reclaimed_yet(tmp_path):
+    segments = Segments("r2", "host-0", tmp_path)
+    segments.create("a", 10).close()
+    os.utime(segments.path("a"), (0, 0))
+    segments.create("b", 10).close()
+    assert reclaim(directory=tmp_path, idle_s=60) == []
+    os.utime(segments.path("b"), (0, 0))
+    assert len(reclaim(directory=tmp_path, idle_s=60)) == 2
+
+
 def test_reclaiming_a_run_takes_all_its_hosts_and_nothing_else(segments, tmp_path):
     kept = segments.create("a", 10)
     Segments("r1", "b", tmp_path).create("a", 20).close()

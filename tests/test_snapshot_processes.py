@@ -30,6 +30,16 @@ def test_two_processes_go_on_from_their_snapshots(tmp_path):
         "certified": [True, True],
         "rewinds": rewinds,
     }
+    # Of other processes' images each has read what its own devices want, no more.
+    first, second = (
+        json.loads((tmp_path / f"fetched-{i}.json").read_text()) for i in range(2)
+    )
+    assert first == [{}] * 4
+    assert [list(counts) for counts in second] == [[], [], ["3-0.image"], ["2-0.image"]]
+    for counts in second:
+        for name, num_bytes in counts.items():
+            image = read_image((tmp_path / name).read_bytes())
+            assert 0 < num_bytes < sum(piece.num_bytes for piece in image.pieces) / 2
     # What two processes have kept, one makes a state of, on any mesh.
     images = [read_image(path.read_bytes()) for path in tmp_path.glob("3-*.image")]
     assert {image.layout.process for image in images} == {0, 1}

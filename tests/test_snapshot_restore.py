@@ -12,16 +12,14 @@ from snapshotted import (
     mesh_of,
     random_state,
     same_words,
+    split,
     staging_program,
     take,
 )
 
 import shardkit as sk
 from shardkit.digest import combine_digests
-from shardkit.snapshot.assignment import assign
-from shardkit.snapshot.image import ImageWriter, read_image
-from shardkit.snapshot.kept import image_layout, list_claims
-from shardkit.snapshot.layout import ImageLayout
+from shardkit.snapshot.image import read_image
 from shardkit.snapshot.restore import restore
 from shardkit.snapshot.snapshots import Snapshots
 from shardkit.snapshot.store import HostMemory
@@ -79,44 +77,6 @@ def test_the_state_of_every_problem_comes_back(name, compile_cache):
             digest = combine_digests(new.digest(found), new.layout)
             assert digest == combine_digests(expected, old.layout)
         snapshots.close()
-
-
-def split(state, mesh, hosts, num_losses=0, step=3):
-    """Images as processes of some hosts would write them, one device each."""
-    staging, copy = staging_program(state.layout, mesh)
-    ids = [device.id for device in mesh.devices.flat]
-    process_of = {id: i % len(hosts) for i, id in enumerate(ids)}
-    claims = [
-        type(claim)(
-            claim.leaf,
-            claim.box,
-            claim.num_bytes,
-            tuple((process_of[device], device) for _, device in claim.holders),
-        )
-        for claim in list_claims(staging)
-    ]
-    host_of = dict(enumerate(hosts))
-    alone = image_layout(staging, HostMemory())
-    staged, images = copy(state.on(mesh)), {}
-    for process, pieces in assign(claims, host_of, num_losses).items():
-        layout = ImageLayout.plan(
-            run="r",
-            host=hosts[process],
-            process=process,
-            num_processes=len(hosts),
-            leaves=alone.leaves,
-            mesh=alone.mesh,
-            pieces=pieces,
-        )
-        memory = bytearray(layout.num_bytes)
-        writer = ImageWriter(memoryview(memory), layout, step=step, generation=0)
-        kept = [(piece.leaf, piece.device) for piece in pieces]
-        for index, words in staging.read(staged, kept):
-            writer.view(index).view(words.dtype)[...] = words
-            writer.put_done(index)
-        writer.commit({})
-        images[process] = memory
-    return images
 
 
 LEAVES = [((5, 3), "float32", 0), ((7,), "bfloat16", 0), ((4,), "key", -1)]

@@ -42,9 +42,25 @@ def test_the_likeliest_come_first_and_none_twice():
     assert likely_counts(2, 2, scripted=[9, 0]) == [1]
     assert likely_counts(8, 8, scripted=[3], configured=[5, 3, 8]) == [3, 5, 7, 6, 4]
     # One host fewer: of one host nothing would be left, of uneven ones either may go.
-    assert likely_counts(8, 16, host_counts=[8]) == [7, 6, 16, 9, 4]
-    assert likely_counts(12, 16, host_counts=[4, 4, 4]) == [11, 10, 8, 16, 13, 6]
-    assert likely_counts(8, 8, host_counts=[3, 5]) == [7, 6, 5, 3, 4]
+    assert likely_counts(8, 16, configured=[12]) == [12, 7, 6, 16, 9, 4]
+
+
+def test_over_several_processes_only_what_is_known_is_prepared():
+    work = Slow()
+    standby = Standby(work, max_programs=8, configured=(4,))
+    standby.look_ahead([0, 0, 1, 1, 2, 2], 6, scripted=[6, 5])
+    for _ in range(3):
+        assert work.begun.acquire(timeout=TIMEOUT_S)
+        work.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    # The present one, too, since a change needs more of it than a step does.
+    assert work.seen == [5, 6, 4]
+    standby.close()
+    idle = Standby(work, max_programs=8)
+    idle.look_ahead([0, 0, 1, 1], 4, scripted=[4])
+    assert idle.wait(TIMEOUT_S)
+    assert len(work.seen) == 3
+    idle.close()
 
 
 def test_what_is_expected_is_prepared_once_and_elsewhere():

@@ -105,7 +105,9 @@ def test_everything_fits(width):
         *("parity, + 39.1 MiB (33 %)", "quarantined", "0.62×", "standby", "heard"),
         *("host-3 went 3 times and is kept out for 42 s", "host-3 was lost"),
         *("1.70 s", "back at step 118", "lost steps 1", "28.6 MiB", "first step 520"),
-        *("form 800 ms", "waits for 2 more devices"),
+        *("form 800 ms", "waits for 2 more devices", "fetched 19.1 MiB"),
+        *(["78.2 MiB + 26 MiB of 104 MiB"] if width == 140 else []),
+        "predicted 313 MiB in all",
     ):
         assert part in text, part
     assert "…" not in text

@@ -42,7 +42,7 @@ def environment():
 
 @pytest.fixture(scope="module")
 def unhurt(tmp_path_factory):
-    """The digest of the run in one process."""
+    """What the run in one process comes to."""
     out = tmp_path_factory.mktemp("unhurt") / "run"
     subprocess.run(
         [*RUN, "--out", str(out)],
@@ -56,11 +56,16 @@ def unhurt(tmp_path_factory):
 
 
 def summary(out):
+    """The state's digest, how many steps, and every step's loss to the bit."""
     found = json.loads((out / "summary.json").read_text())
-    return found["state_digest"], found["steps"]
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    losses = [(x["step"], x["loss_bits"]) for x in records if "event" not in x]
+    return found["state_digest"], found["steps"], losses
 
 
-def survive(tmp_path, *faults, changes=(), redundancy="mirror"):
+def survive(
+    tmp_path, *faults, changes=(), redundancy="mirror", program="train.py", **more
+):
     """Runs it, hurt; returns what it came to and what was said.
 
     Args:
@@ -68,6 +73,8 @@ def survive(tmp_path, *faults, changes=(), redundancy="mirror"):
         faults: What happens.
         changes: Options that differ from those of the unhurt run.
         redundancy: How snapshots are protected.
+        program: What is run.
+        **more: Variables of its environment.
     """
     out = tmp_path / "run"
     command = [sys.executable, "-m", "shardkit", "launch"]
@@ -77,9 +84,9 @@ def survive(tmp_path, *faults, changes=(), redundancy="mirror"):
         command += ["--fault", fault]
     start_s = time.monotonic()
     done = subprocess.run(
-        [*command, "--", *RUN, *changes, "--out", str(out)],
+        [*command, "--", RUN[0], program, *RUN[2:], *changes, "--out", str(out)],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | more,
         timeout=LIMIT_S,
         capture_output=True,
         text=True,
@@ -107,12 +114,27 @@ def test_an_unhurt_cluster_computes_the_same(tmp_path, unhurt):
 
 
 @pytest.mark.parametrize(
-    "fault", ["kill@snapshot:step=5,process=1", "freeze@forward:step=7,process=2"]
+    "fault",
+    [
+        *("kill@snapshot:step=5,process=1", "freeze@forward:step=7,process=2"),
+        # Process 0 has not written the step before, and its host's memory is gone.
+        *("kill@forward:step=7,process=0", "host@collective:step=8,process=0"),
+    ],
 )
 def test_one_fault_changes_no_bit(fault, tmp_path, unhurt):
     found, said, _ = survive(tmp_path, fault)
     assert found == unhurt
     assert "going on from step" in said
+
+
+def test_steps_that_process_0_never_told_are_in_the_record(tmp_path, unhurt):
+    found, said, _ = survive(
+        tmp_path,
+        program=str(ROOT / "tests" / "workers" / "untold.py"),
+        UNTOLD_MARK=str(tmp_path / "mark"),
+    )
+    assert found == unhurt
+    assert "killed by SIGKILL; going on from step 8" in said
 
 
 @pytest.mark.slow
@@ -129,7 +151,9 @@ def test_every_fault_at_every_point_changes_no_bit(kind, point, tmp_path, unhurt
             f"{kind}@{point}:process=1,generation=2",
         ]
     changes = SMALLER if point == "reshard" else ()
-    found, _, _ = survive(tmp_path, *faults, changes=changes)
+    found, said, _ = survive(tmp_path, *faults, changes=changes)
     assert found == unhurt
     logs = (tmp_path / "cluster" / "workers").glob("host-*-*.log")
-    assert any(f"fault: {kind}@{point}" in log.read_text() for log in logs)
+    # A log goes with the agent that writes it.
+    is_told = any(f"fault: {kind}@{point}" in log.read_text() for log in logs)
+    assert is_told or (kind == "host" and "host-1 lost its agent" in said)

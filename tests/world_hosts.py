@@ -22,6 +22,7 @@ DEADLINES = Deadlines(
     form_s=30,
     slot_s=30,
     halt_s=20,
+    meet_s=10,
     start_s=40,
     restore_s=40,
     snapshot_s=30,
@@ -80,9 +81,14 @@ def make_image(run, host, image):
 SIZES = {"num_bytes": 8, "protected_bytes": 8, "head_bytes": 8}
 
 
+PREPARE_TIMES = 5
+"""How often an agent reports while a standby prepares."""
+
+
 class Worker:
-    def __init__(self, id):
+    def __init__(self, id, prepares=False):
         self.id, self.state, self.assignment = id, "ready", None
+        self.prepares, self.left, self.prepared = prepares, 0, None
         self.step, self.phase, self.code, self.told = -1, "start", None, {}
         self.by_us = False
         self.halt = None
@@ -94,6 +100,7 @@ class Worker:
             "state": self.state,
             "age_s": 0.0,
             "silent_s": 0.0,
+            "prepares": self.prepares,
         }
         if self.assignment is not None:
             found["generation"] = self.assignment["generation"]
@@ -108,8 +115,9 @@ class Worker:
 class Agent:
     """What an agent does, without any process; messages reach it or do not."""
 
-    def __init__(self, host, incarnation):
+    def __init__(self, host, incarnation, prepares=False):
         self.host, self.incarnation = host, str(incarnation)
+        self.prepares = prepares
         self.generation = self.ended = self.keep = 0
         self.protected, self.workers, self.images = [0, -1], {}, []
         # What protects which step; and images that were rebuilt or damaged.
@@ -138,8 +146,12 @@ class Agent:
     def start_standbys(self):
         waiting = [w for w in self.workers.values() if w.state == "ready"]
         for _ in range(self.keep - len(waiting)):
-            self.workers[self.num_started] = Worker(self.num_started)
+            self.workers[self.num_started] = Worker(self.num_started, self.prepares)
             self.num_started += 1
+        for worker in self.workers.values():
+            if worker.state == "preparing":
+                worker.left -= 1
+                worker.state = "preparing" if worker.left else "hot"
 
     def running(self):
         return [w for w in self.workers.values() if w.state == "running"]
@@ -152,9 +164,22 @@ class Agent:
             given = header["assignment"]
             worker = self.workers.get(header["worker"])
             is_new = given["generation"] > self.ended
-            if worker and worker.state == "ready" and is_new:
+            if worker and worker.state == "hot" and is_new:
+                # What it has prepared for is all that it can be.
+                for key in ("process_index", "num_processes", "host", "quotas"):
+                    assert given[key] == worker.prepared[key], key
+            if worker and worker.state in ("ready", "hot") and is_new:
                 self.generation = given["generation"]
                 worker.assignment, worker.state = given, "running"
+        elif kind == "prepare":
+            worker = self.workers.get(header["worker"])
+            if worker and worker.state == "ready":
+                worker.prepared, worker.state = header["assignment"], "preparing"
+                worker.left = PREPARE_TIMES
+        elif kind == "drop":
+            for worker in self.workers.values():
+                if worker.state in ("preparing", "hot"):
+                    worker.state, worker.code, worker.by_us = "exited", -9, True
         elif kind == "end":
             for worker in self.running():
                 if worker.assignment["generation"] <= header["of"]:

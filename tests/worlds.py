@@ -18,8 +18,8 @@ from shardkit.snapshot.repairs import Rebuild
 class World:
     """Hosts around a machine. Time passes; whatever is sent arrives, or is dropped."""
 
-    def __init__(self, settings=None, last_step=10**9):
-        self.settings = settings or make_settings()
+    def __init__(self, settings=None, last_step=10**9, prepares=False):
+        self.settings, self.prepares = settings or make_settings(), prepares
         self.now_s, self.agents, self.count = 1000.0, {}, 0
         self.ended, self.told, self.last_step = None, [], last_step
         self.saved, self.generations, self.drops = None, [], 0
@@ -34,7 +34,8 @@ class World:
             match order:
                 case StartHost(host):
                     self.count += 1
-                    self.agents.setdefault(host, Agent(host, self.count))
+                    agent = Agent(host, self.count, self.prepares)
+                    self.agents.setdefault(host, agent)
                 case EndHost(host, _):
                     # It takes a moment to be gone.
                     self.doomed.setdefault(host, self.now_s + 3)
@@ -283,8 +284,8 @@ class World:
         raise AssertionError(f"not within {limit_s} s; told {self.told}")
 
 
-def begin(**options):
-    world = World(make_settings(**options))
+def begin(*, prepares=False, **options):
+    world = World(make_settings(**options), prepares=prepares)
     world.until(lambda: world.machine.live and world.machine.live.protected >= 3)
     return world
 

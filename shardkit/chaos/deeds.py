@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shardkit.chaos.faults import Fault
 from shardkit.errors import ShardkitError
+from shardkit.snapshot.head import IMAGE, read_head
 from shardkit.snapshot.segments import Segments
 
 __all__ = [
@@ -31,10 +32,11 @@ _SLOW_S = 20.0
 _BRAKE = """
 import os, signal, sys, time
 pid, end_s = int(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+part = float(sys.argv[3])
 try:
     while time.monotonic() < end_s:
         os.kill(pid, signal.SIGSTOP)
-        time.sleep(0.02)
+        time.sleep(0.02 * part / (1 - part))
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
 except ProcessLookupError:
@@ -106,31 +108,39 @@ def exhaust_memory() -> None:
         held.append(bytearray(16 << 20))
 
 
-def slow_down(pid: int, *, for_s: float = _SLOW_S) -> "subprocess.Popen[bytes]":
+def slow_down(
+    pid: int, *, for_s: float = _SLOW_S, part: float = 0.5
+) -> "subprocess.Popen[bytes]":
     """Halves the speed of a process by stopping it every other instant.
 
     Args:
         pid: Which.
         for_s: For how long; less if it ends.
+        part: Which part of the time it is stopped, if not half of it.
 
     Returns:
         The process that does it.
     """
-    command = [sys.executable, "-c", _BRAKE, str(pid), str(for_s)]
+    command = [sys.executable, "-c", _BRAKE, str(pid), str(for_s), str(part)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 
 def corrupt_newest(run: str, host: str) -> None:
     """Flips a bit in the middle of the image that was written last on a host."""
-    segments = Segments(run, host)
-    found = [segments.path(name) for name in segments.names()]
-    with contextlib.suppress(ValueError, OSError):
-        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-        with newest.open("r+b") as file:
-            file.seek(newest.stat().st_size // 2)
-            value = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([value[0] ^ 1]))
+    segments, found = Segments(run, host), []
+    for name in segments.names():
+        # It may be gone by now, or being written.
+        with contextlib.suppress(ShardkitError), segments.open(name) as segment:
+            head = read_head(segment.memory)
+            # Times of files say nothing: they are written through a map.
+            if head.magic == IMAGE:
+                found.append((head.generation, head.step, name))
+    if found:
+        with (
+            contextlib.suppress(ShardkitError),
+            segments.open(max(found)[-1]) as newest,
+        ):
+            newest.memory[newest.num_bytes // 2] ^= 1
 
 
 def kill_supervisor(directory: Path) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardkit.cluster.joining import join as join
     from shardkit.cluster.member import Member as Member
-    from shardkit.cluster.member import Slot as Slot
     from shardkit.cluster.records import Assignment as Assignment
     from shardkit.cluster.records import ImageRef as ImageRef
     from shardkit.cluster.records import Resume as Resume
+    from shardkit.cluster.slot import Slot as Slot
 
 _HOMES = {
     "joining": "join",

@@ -111,6 +111,11 @@ class Aftermath:
             # Where there are no snapshots, coming back later on disk is progress.
             self._best_start = live.resume_step
             self.crashes.progressed()
-        if self.recoveries and self.recoveries[-1].stepped_s is None:
-            self.recoveries[-1].stepped(live)
+        if not self.recoveries:
+            return
+        last = self.recoveries[-1]
+        # A host may say so after another one has done the step.
+        last.fetched_bytes = live.fetched_bytes
+        if last.stepped_s is None:
+            last.stepped(live)
             self._orders.append(Save())

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardkit.cluster.deadlines import ENVIRONMENT
 from shardkit.cluster.host_memory import HostMemory
 from shardkit.cluster.ports import FreshPort
 from shardkit.cluster.records import Assignment
@@ -31,7 +32,7 @@ MAX_CONTENT_BYTES = 64 << 20
 """What is said of one segment at most."""
 _PAUSE_S = 0.02
 """Mere progress of steps is told at most this often."""
-_ENVIRONMENT = ("SHARDKIT_AGENT", "SHARDKIT_TOKEN", "SHARDKIT_CONNECT_S")
+_ENVIRONMENT = ("SHARDKIT_AGENT", "SHARDKIT_TOKEN", ENVIRONMENT)
 
 
 class Agent:
@@ -80,9 +81,10 @@ class Agent:
         env |= {
             "SHARDKIT_AGENT": self._address,
             "SHARDKIT_TOKEN": self._settings.token,
-            "SHARDKIT_CONNECT_S": str(self._settings.deadlines.connect_s),
+            ENVIRONMENT: self._settings.deadlines.spell(),
             "SHARDKIT_RUN": self._settings.run,
             "SHARDKIT_DIRECTORY": self._settings.directory,
+            "SHARDKIT_STRAGGLERS": self._settings.stragglers,
         }
         logs = Path(self._settings.directory) / "workers"
         logs.mkdir(mode=0o700, exist_ok=True)
@@ -95,10 +97,8 @@ class Agent:
             self._pass_fds,
         )
         self._port.hold()
-        tasks = [
-            asyncio.create_task(self._serve_supervisor()),
-            asyncio.create_task(self._beat()),
-        ]
+        works = (self._serve_supervisor(), self._beat())
+        tasks = [asyncio.create_task(work) for work in works]
         try:
             over = asyncio.create_task(self._over.wait())
             await asyncio.wait([over, *tasks], return_when="FIRST_COMPLETED")
@@ -202,7 +202,7 @@ class Agent:
                 "generation": self._generation,
                 "ended": self._ended,
                 "keep": self._workers.keep,
-                "workers": [w.report() for w in self._workers.all.values()],
+                "workers": self._workers.report(),
                 **self._memory.report(),
             }
         )
@@ -264,14 +264,7 @@ class Agent:
         if assignment.process_index == 0 and worker.state == "ready":
             self._port.give()
         self._workers.assign(worker, assignment)
-        deadlines = header["deadlines"]
-        worker.link.post(
-            {
-                "type": "assign",
-                "assignment": header["assignment"],
-                "deadlines": deadlines,
-            }
-        )
+        worker.link.post({"type": "assign", "assignment": header["assignment"]})
         self._soon()
 
     def _prepare(self, header: dict[str, Any]) -> None:
@@ -373,7 +366,7 @@ class Agent:
             before = worker.told["phase"]
             worker.told |= {key: header[key] for key in ("step", "phase", "facts")}
             self._soon(at_once=before != header["phase"])
-        elif kind in ("answered", "halted", "finished", "failed"):
+        elif kind in ("answered", "restored", "halted", "finished", "failed"):
             worker.told[kind] = header
             if kind == "failed" and worker.failed_s is None:
                 worker.failed_s = time.monotonic()

@@ -6,13 +6,17 @@ numbers for which that would not hold. Nothing here waits.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from shardkit.errors import ConfigError
 
-__all__ = ["PHASES", "Deadlines"]
+__all__ = ["ENVIRONMENT", "PHASES", "Deadlines"]
+
+ENVIRONMENT = "SHARDKIT_DEADLINES"
+"""The variable by which a worker knows them before it has reached anybody."""
 
 PHASES = ("start", "restore", "compile", "step", "snapshot", "eval", "save")
 """What a worker can be busy with; each has a window of its own."""
@@ -39,7 +43,10 @@ class Deadlines:
             that are go on alone.
         slot_s: For memory to write the next snapshot into.
         halt_s: To agree on a step to halt at, and to come there.
-        start_s: From a worker's first line to waiting in `join`.
+        meet_s: For the processes of a generation to hear where the run is kept, and
+            once more to find one another in JAX.
+        start_s: From a worker's first line to waiting in `join`, and from an assignment
+            to the first word of what it does.
         restore_s: To have the state of a snapshot on the devices.
         snapshot_s: To copy a snapshot, before a step was measured.
         save_s: To save a checkpoint.
@@ -65,6 +72,7 @@ class Deadlines:
     form_s: float = 60.0
     slot_s: float = 60.0
     halt_s: float = 60.0
+    meet_s: float = 60.0
     start_s: float = 180.0
     restore_s: float = 600.0
     snapshot_s: float = 120.0
@@ -112,6 +120,11 @@ class Deadlines:
                     f"heartbeat_s = {self.heartbeat_s!r} must be at most a quarter of "
                     f"silence_s = {self.silence_s!r}"
                 )
+            if self.meet_s * 2 >= self.start_s:
+                bad.append(
+                    f"meet_s = {self.meet_s!r} must be below half of start_s = "
+                    f"{self.start_s!r}"
+                )
             if self.step_factor < 2:
                 bad.append(f"step_factor = {self.step_factor!r} must be at least 2")
         if bad:
@@ -154,6 +167,33 @@ class Deadlines:
             )
         return cls(**values).check()
 
+    def spell(self) -> str:
+        """Writes what differs from the defaults, for `of_environment`."""
+        default = dataclasses.asdict(Deadlines())
+        values = dataclasses.asdict(self)
+        return json.dumps({x: s for x, s in values.items() if s != default[x]})
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> "Deadlines":
+        """Reads those of the run that started this process.
+
+        Raises:
+            ConfigError: If they cannot be.
+
+        Example:
+            >>> text = Deadlines(meet_s=90, start_s=240).spell()
+            >>> Deadlines.of_environment({ENVIRONMENT: text}).meet_s
+            90
+        """
+        text = environment.get(ENVIRONMENT, "{}")
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{ENVIRONMENT}: expected a JSON object, found {text!r}")
+        return cls.read(values)
+
 
 _ORDER = (
     ("grace_s", "silence_s"),
@@ -167,6 +207,7 @@ _ORDER = (
     ("restart_s", "orphan_s"),
     ("step_floor_s", "form_s"),
     ("step_floor_s", "mute_s"),
+    ("meet_s", "compile_s"),
     ("form_s", "first_step_s"),
     ("start_s", "first_step_s"),
     ("restore_s", "first_step_s"),

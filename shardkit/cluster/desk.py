@@ -10,6 +10,7 @@ from typing import Any
 
 from shardkit.cluster.records import Assignment
 from shardkit.cluster.slots import Image, Slots
+from shardkit.cluster.threads import in_thread
 from shardkit.errors import ShardkitError
 from shardkit.snapshot.head import IMAGE, read_head
 
@@ -26,6 +27,7 @@ class Desk:
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._freed = asyncio.Event()
+        self._making: dict[tuple[int, int], asyncio.Task[None]] = {}
 
     async def answer(
         self, assignment: Assignment, header: dict[str, Any]
@@ -52,13 +54,39 @@ class Desk:
         key = (assignment.generation, assignment.process_index)
         try:
             while (name := self._slots.reserve(*key, num_bytes)) is None:
-                await self._freed.wait()
+                if self._slots.may_grow(*key) and key not in self._making:
+                    task = asyncio.ensure_future(self._make(assignment, num_bytes))
+                    self._making[key] = task
+                    task.add_done_callback(lambda task: self._made(key, task))
+                if key in self._making:
+                    # It is to be found again, also if who asked is gone by then.
+                    await asyncio.shield(self._making[key])
+                else:
+                    await self._freed.wait()
         except OSError as error:
             raise ShardkitError(
                 f"no memory for a snapshot of {num_bytes} bytes: {error.strerror}"
             ) from None
         path = str(self._slots.path(name))
         return {"type": "slot", "name": name, "path": path, "num_bytes": num_bytes}
+
+    async def _make(self, assignment: Assignment, num_bytes: int) -> None:
+        """Gets a worker one more segment; the loop waits for none of it."""
+        slots, key = self._slots, (assignment.generation, assignment.process_index)
+        try:
+            name = slots.new_name("image")
+            slots.add(*key, await in_thread(slots.create, name, num_bytes))
+        except OSError:
+            # Until a step of this generation is whole, those before it are there too.
+            if slots.count(*key) and slots.has_older(key[0]):
+                await self._freed.wait()
+            elif slots.count(*key) or not slots.drop_older(key[0], _used(assignment)):
+                raise
+
+    def _made(self, key: tuple[int, int], task: asyncio.Task[None]) -> None:
+        del self._making[key]
+        # Who asked for it may not be there any more to hear why not.
+        task.exception()
 
     def _commit(self, assignment: Assignment, header: dict[str, Any]) -> dict[str, Any]:
         name, step = header["name"], header["step"]
@@ -86,3 +114,9 @@ class Desk:
             )
         )
         return {"type": "committed"}
+
+
+def _used(assignment: Assignment) -> set[str]:
+    """The images on a worker's host that its generation goes on from."""
+    images = assignment.resume.images if assignment.resume else ()
+    return {image.name for image in images if image.host == assignment.host}

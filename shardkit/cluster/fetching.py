@@ -8,22 +8,39 @@ who reads them.
 import asyncio
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from shardkit.cluster.deadlines import Deadlines
-from shardkit.cluster.peers import Part, Peers
+from shardkit.cluster.peers import Part, Peers, interleave
 from shardkit.cluster.records import ImageRef
 from shardkit.cluster.wire import Link, WireError, encode
 from shardkit.errors import ClusterError
+from shardkit.snapshot.head import as_bytes
 from shardkit.snapshot.segments import Segment
 
-__all__ = ["Fetcher", "serve_fetch"]
+__all__ = ["Fetcher", "Span", "serve_fetch"]
 
 _MOST_BYTES = 64 << 20
 _FEW_BYTES = 1 << 16
 """Less than this is sent with its header."""
+
+
+class Span(NamedTuple):
+    """Some bytes of an image.
+
+    Attributes:
+        ref: Where the image is.
+        offset: Where they begin in it.
+        num_bytes: How many they are.
+    """
+
+    ref: ImageRef
+    offset: int
+    num_bytes: int
 
 
 class Fetcher:
@@ -34,6 +51,9 @@ class Fetcher:
         deadlines: How long things may take.
         host: The host of the worker.
         locate: Returns the file of an image of this host.
+
+    Attributes:
+        num_bytes: What has come from other hosts so far.
     """
 
     def __init__(
@@ -47,19 +67,31 @@ class Fetcher:
         self._lock = threading.Lock()
         self._peers = Peers(token, deadlines)
         self._maps: dict[str, memoryview] = {}
+        self.num_bytes = 0
 
-    def fetch(self, ref: ImageRef, offset: int, num_bytes: int) -> memoryview:
-        """Returns bytes of an image; see `Member.fetch`."""
-        if not (0 <= offset and 0 <= num_bytes and offset + num_bytes <= ref.num_bytes):
-            raise ClusterError(
-                f"image {ref.name}: bytes {offset} to {offset + num_bytes} were asked "
-                f"for, it has {ref.num_bytes}"
-            )
+    def fetch_all(self, spans: Sequence[Span]) -> list[memoryview]:
+        """Returns bytes of images; see `Member.fetch_all`."""
+        for ref, offset, num_bytes in spans:
+            end = offset + num_bytes
+            if not (0 <= offset and 0 <= num_bytes and end <= ref.num_bytes):
+                raise ClusterError(
+                    f"image {ref.name}: bytes {offset} to {end} were asked for, it has "
+                    f"{ref.num_bytes}"
+                )
         with self._lock:
-            if ref.host == self._host:
-                return self._map(ref)[offset : offset + num_bytes]
-            part = Part(ref.host, ref.address, ref.name, offset, num_bytes)
-            return memoryview(self._peers.read_all(part))
+            found, parts = [], []
+            for ref, offset, num_bytes in spans:
+                if ref.host == self._host:
+                    found.append(self._map(ref)[offset : offset + num_bytes])
+                    continue
+                place = ref.host, ref.address, ref.name, offset, num_bytes
+                parts.append(Part(*place, key=len(found)))
+                found.append(np.empty(num_bytes, np.uint8).data)
+            for chunk, data in self._peers.read(interleave(parts)):
+                start = chunk.offset - spans[chunk.key].offset
+                found[chunk.key][start : start + chunk.num_bytes] = as_bytes(data)
+                self.num_bytes += chunk.num_bytes
+            return found
 
     def _map(self, ref: ImageRef) -> memoryview:
         if ref.name not in self._maps:

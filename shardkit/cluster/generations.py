@@ -23,7 +23,6 @@ from shardkit.cluster.roster import Roster
 from shardkit.cluster.salvage import Answer, Salvage
 from shardkit.cluster.settings import Settings
 from shardkit.cluster.spares import Spares
-from shardkit.cluster.stragglers import Speeds
 from shardkit.cluster.talk import Talk
 from shardkit.cluster.timing import Recovery
 from shardkit.cluster.verdicts import Verdict, Verdicts
@@ -65,8 +64,8 @@ class Machine:
         self._orders: list[Order] = []
         self._roster = Roster(settings, self._orders)
         self._talk = Talk(settings, self._orders)
-        self._halting = Halting(settings, self._roster, self._talk, self._orders)
         self._spares = Spares(settings, self._roster, self._talk)
+        self._halting = Halting(settings, self._spares, self._talk, self._orders)
         self.hosts = self._roster.hosts
         self.waiting = Waiting(settings, self._roster, self._orders)
         self.protecting = Protecting(settings, self._roster, self._orders)
@@ -221,7 +220,7 @@ class Machine:
             self._check_done(live, now_s)
         if self.state != "running":
             return
-        if self.protecting.check(live, now_s):
+        while self.protecting.check(live, now_s):
             self._protected(live)
         if (cause := find_frozen(live, self._deadlines, now_s)) is not None:
             self._fail(cause, now_s)
@@ -336,11 +335,10 @@ class Machine:
 
     def _form(self, usable: list[Host], now_s: float) -> None:
         self.generation += 1
-        decision, self._halting.decision = self._halting.decision, None
         facts: dict[str, Any] = {
             "generation": self.generation,
             "resume": self.salvage.choice.resume,
-            "quotas": None if decision is None else decision.quotas,
+            "quotas": self._spares.balance.take(usable),
             "redundancy": self._settings.redundancy,
             "attempt": self._aftermath.crashes.barren,
             "leave": self._verdicts.current is not None,
@@ -356,7 +354,7 @@ class Machine:
             self._talk.keep(host, self.live)
 
     def _begin(self, seats: Sequence[Seat], now_s: float) -> None:
-        self.live = Live(seats, self._deadlines, Speeds(self._limits), now_s)
+        self.live = Live(seats, self._deadlines, self._limits, now_s)
         self.protecting.begin(self.live)
         self.state, self._since_s, self._closing_s = "running", now_s, None
         self.waiting.until_s = self._grace_until_s = None
@@ -377,16 +375,17 @@ class Machine:
             "seats": [] if live is None else [seat.to_json() for seat in live.seats],
             "hosts": self._roster.to_json(),
             "verdict": self._verdicts.to_json(),
+            "balance": self._spares.balance.to_json(),
             "salvage": self.salvage.number,
             **self._aftermath.to_json(),
         }
 
     def _remember(self, memory: Mapping[str, Any], now_s: float) -> None:
-        self.generation = memory["generation"]
-        self.salvage.number = memory["salvage"]
+        self.generation, self.salvage.number = memory["generation"], memory["salvage"]
         self._aftermath.remember(memory)
         self._roster.remember(memory["hosts"])
         self._verdicts.remember(memory["verdict"], now_s)
+        self._spares.balance.remember(memory["balance"])
         if memory["seats"]:
             self._begin([Seat.from_json(seat) for seat in memory["seats"]], now_s)
             assert self.live is not None

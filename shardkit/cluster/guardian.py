@@ -116,18 +116,23 @@ class Guardian:
     async def _start_supervisor(self) -> None:
         ours, theirs = socket.socketpair()
         self._heard_s = self._loop.time() + self._settings.deadlines.restart_s
-        child = Child(
-            [
-                *(sys.executable, "-m", "shardkit.cluster.supervisor"),
-                *map(str, (self._listener.fileno(), theirs.fileno(), os.getpid())),
-            ],
-            env=os.environ,
-            stdout=1,
-            stderr=2,
-            pass_fds=(self._listener.fileno(), theirs.fileno()),
-            on_exit=lambda code: self._supervisor_ended(child, code),
-        )
-        theirs.close()
+        try:
+            child = Child(
+                [
+                    *(sys.executable, "-m", "shardkit.cluster.supervisor"),
+                    *map(str, (self._listener.fileno(), theirs.fileno(), os.getpid())),
+                ],
+                env=os.environ,
+                stdout=1,
+                stderr=2,
+                pass_fds=(self._listener.fileno(), theirs.fileno()),
+                on_exit=lambda code: self._supervisor_ended(child, code),
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         self._supervisor = child
         reader, writer = await asyncio.open_connection(sock=ours)
         self._link = Link(reader, writer, "the supervisor")
@@ -184,7 +189,14 @@ class Guardian:
             self._finish(1, f"the supervisor {status}; {count} ended within a minute")
             return
         self._terminal.line(f"shardkit: the supervisor {status}; starting another")
-        self._starting = asyncio.create_task(self._start_supervisor())
+        self._starting = asyncio.create_task(self._start_another())
+
+    async def _start_another(self) -> None:
+        try:
+            await self._start_supervisor()
+        except OSError as error:
+            # Nobody else would ever try again.
+            self._finish(1, f"no other supervisor can be started: {error}")
 
     async def _watch(self) -> None:
         """Ends a supervisor that is there and does nothing."""

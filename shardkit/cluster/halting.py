@@ -9,15 +9,11 @@ taken back or followed by the end of the generation within `halt_s`.
 from shardkit.cluster.causes import Cause, Verdict
 from shardkit.cluster.live import Halt, Live
 from shardkit.cluster.orders import Order, Tell
-from shardkit.cluster.roster import Roster
 from shardkit.cluster.settings import Settings
-from shardkit.cluster.stragglers import Decision, decide
+from shardkit.cluster.spares import Spares
 from shardkit.cluster.talk import Talk
 
 __all__ = ["Halting"]
-
-_SLOW_FACTOR = 8
-"""A slow host is left out for this many times the first quarantine."""
 
 
 class Halting:
@@ -25,21 +21,18 @@ class Halting:
 
     Args:
         settings: What the cluster was started with.
-        roster: Its hosts.
+        spares: Who takes over, and what they are to compute.
         talk: How to reach them.
         orders: Where orders are put.
-
-    Attributes:
-        decision: What was decided about stragglers, for the next generation.
     """
 
     def __init__(
-        self, settings: Settings, roster: Roster, talk: Talk, orders: list[Order]
+        self, settings: Settings, spares: Spares, talk: Talk, orders: list[Order]
     ) -> None:
-        self._deadlines, self._limits = settings.deadlines, settings.limits
-        self._roster, self._talk, self._orders = roster, talk, orders
+        self._deadlines = settings.deadlines
+        self._spares, self._talk, self._orders = spares, talk, orders
+        self._roster = spares.roster
         self._not_before_s: float | None = None
-        self.decision: Decision | None = None
 
     def deadline_s(self, halt: Halt) -> float:
         """When a halt has to be there at the latest."""
@@ -98,14 +91,10 @@ class Halting:
         ]
         if new:
             self._propose(live, f"{', '.join(new)} can take part", now_s)
-        elif found := decide(live.speeds.speeds(), live.speeds.work(), self._limits):
-            live.speeds.clear()
-            self.decision = found
-            wait_s = self._limits.first_quarantine_s * _SLOW_FACTOR
-            for process in found.leave_out:
-                host = self._roster[live.seats[process].assignment.host]
-                host.set_aside("is slow", now_s, wait_s)
-            self._propose(live, found.why, now_s)
+            return
+        self._spares.balance.check(live, now_s)
+        if (why := self._spares.find_reason(live, now_s)) is not None:
+            self._propose(live, why, now_s)
 
     def _propose(
         self, live: Live, why: str, now_s: float, *, leave: bool = False

@@ -35,6 +35,7 @@ def start_jax(assignment: Assignment, *, timeout_s: float) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM from whoever asks this process to leave.
     jax.config.update("jax_enable_preemption_service", False)
+    end_s = time.monotonic() + timeout_s
     is_first = assignment.process_index == 0
     if not is_first:
         # JAX waits a second before it tries again.
@@ -46,7 +47,7 @@ def start_jax(assignment: Assignment, *, timeout_s: float) -> None:
         num_processes=assignment.num_processes,
         process_id=assignment.process_index,
         local_device_ids=_local_devices(assignment),
-        initialization_timeout=max(1, int(timeout_s)),
+        initialization_timeout=max(1, int(end_s - time.monotonic())),
         cluster_detection_method="deactivate",
         coordinator_bind_address=bind,
     )
@@ -72,7 +73,7 @@ def _wait_for(address: str, timeout_s: float) -> None:
         except OSError as error:
             if time.monotonic() > end_s:
                 raise ClusterError(
-                    f"process 0 did not listen at {address} for {timeout_s:g} s: "
-                    f"{error.strerror or error}"
+                    f"process 0 did not listen at {address} for {timeout_s:g} s "
+                    f"(meet_s): {error.strerror or error}"
                 ) from None
         time.sleep(_POLL_S)

@@ -46,11 +46,12 @@ def join(
     if not address:
         return None
     die_with_parent()
-    connect_s = float(os.environ.get("SHARDKIT_CONNECT_S", "5"))
     try:
+        deadlines = Deadlines.of_environment(os.environ)
         token = os.environ["SHARDKIT_TOKEN"]
         worker = int(os.environ["SHARDKIT_WORKER"])
-        channel = Channel(address, token, "the agent of this host", connect_s)
+        limit_s = deadlines.connect_s
+        channel = Channel(address, token, "the agent of this host", limit_s)
         channel.send({"type": "worker", "worker": worker, "pid": os.getpid()})
         if preload is not None:
             preload()
@@ -61,13 +62,18 @@ def join(
             prepare(Assignment.from_json(header["assignment"]))
             channel.send({"type": "ready", "prepares": False})
             header = channel.receive(what="an assignment").header
+        if header["type"] == "stale":
+            channel.close()
+            raise WireError(
+                f"{channel.peer} waits for no worker {worker}: another process has "
+                "joined as that, maybe the one that started this"
+            )
     except (KeyError, ValueError, WireError) as error:
         raise ClusterError(
             f"SHARDKIT_AGENT={address}: cannot join the cluster: {error}. Unset it to "
             "run without one."
         ) from None
     assignment = Assignment.from_json(header["assignment"])
-    deadlines = Deadlines.read(header["deadlines"])
     member = Member(channel, assignment, deadlines, token)
     if assignment.process_index == 0:
         _take_terminal()

@@ -25,6 +25,7 @@ from shardkit.snapshot.segments import reclaim
 __all__ = ["ENGINES", "check_command", "launch", "new_run", "open_directory"]
 
 ENGINES = ("local", "ray")
+_IDLE_S = 60.0
 
 
 def check_command(argv: Sequence[str]) -> tuple[str, ...]:
@@ -77,8 +78,12 @@ def open_directory(
         before = read_private(path / "address.json")
         if before is not None:
             reclaim(str(before.get("run")))
-        for name in ("address.json", "state.json"):
+        # Where all of a run was killed at once, nobody gave its memory back.
+        reclaim(idle_s=_IDLE_S)
+        for name in ("address.json", "state.json", "out"):
             (path / name).unlink(missing_ok=True)
+        for record in path.glob("generation-*-process-*"):
+            shutil.rmtree(record, ignore_errors=True)
         yield path, codes
     finally:
         os.close(lock)

@@ -12,6 +12,7 @@ from typing import Any
 from shardkit.cluster.causes import DAMAGE
 from shardkit.cluster.deadlines import Deadlines
 from shardkit.cluster.records import Assignment
+from shardkit.cluster.settings import Limits
 from shardkit.cluster.stragglers import Speeds
 from shardkit.cluster.watchdog import Watchdog
 
@@ -73,10 +74,11 @@ class Live:
     Args:
         seats: Its processes, in their order.
         deadlines: The windows of its watchdog.
-        speeds: Where the speeds of its processes are kept.
+        limits: Over how many steps the speeds of its processes are measured.
         now_s: When it begins.
 
     Attributes:
+        speeds: How fast its processes are.
         entries: What was last heard of each process; empty before anything was.
         protected: The newest step that is whole on all hosts; -1 if none.
         resume_step: The step that it began at; None while unknown.
@@ -90,7 +92,7 @@ class Live:
         self,
         seats: Iterable[Seat],
         deadlines: Deadlines,
-        speeds: Speeds,
+        limits: Limits,
         now_s: float,
     ) -> None:
         self.seats = tuple(seats)
@@ -98,7 +100,7 @@ class Live:
         self.generation, self.num_devices = first.generation, first.num_devices
         self.resume_step = None if first.resume is None else first.resume.step
         self.leave = first.leave
-        self.since_s, self.speeds = now_s, speeds
+        self.since_s, self.speeds = now_s, Speeds(limits, len(self.seats))
         self.watchdog = Watchdog(deadlines, len(self.seats), now_s)
         self.entries: list[dict[str, Any]] = [{} for _ in self.seats]
         self.protected, self.protected_s = -1, now_s
@@ -121,6 +123,12 @@ class Live:
         """Whether a process found that snapshot damaged."""
         failed = [entry.get("failed") or {} for entry in self.entries]
         return self.resumed and any(x.get("kind") in DAMAGE for x in failed)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """What its processes had to fetch of other hosts' images."""
+        told = [entry.get("restored") or {} for entry in self.entries]
+        return sum(x.get("fetched_bytes", 0) for x in told)
 
     @property
     def step(self) -> int:
@@ -150,7 +158,8 @@ class Live:
                 self.watchdog.done(process)
             facts = entry["facts"]
             if {"busy_s", "work"} <= facts.keys():
-                self.speeds.add(process, entry["step"], facts["busy_s"], facts["work"])
+                step = facts.get("busy_step", entry["step"])
+                self.speeds.add(process, step, facts["busy_s"], facts["work"])
         self._date(now_s)
 
     def _date(self, now_s: float) -> None:

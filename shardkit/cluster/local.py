@@ -18,6 +18,7 @@ from typing import Any
 from shardkit.cluster.engine import HostInfo
 from shardkit.cluster.processes import Child, spell_status
 from shardkit.cluster.settings import Settings
+from shardkit.cluster.threads import in_thread
 from shardkit.snapshot.segments import Segments, reclaim
 
 __all__ = ["LocalEngine"]
@@ -45,6 +46,7 @@ class LocalEngine:
         self._on_change: Callable[[HostInfo], Any] = lambda info: None
         self._agents: dict[str, _Agent] = {}
         self._why: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, on_change: Callable[[HostInfo], Any]) -> None:
         """Begins; see `Engine.start`."""
@@ -87,6 +89,15 @@ class LocalEngine:
                 # It has memory to give back.
                 death_signal=signal.SIGTERM,
             )
+        except OSError as error:
+            os.close(launcher)
+            os.close(life)
+            del self._agents[host]
+            self._why[host] = f"cannot be started: {error}"
+            info = HostInfo(host=host, is_there=False, why=self._why[host])
+            # The supervisor tries it again, later each time.
+            asyncio.get_running_loop().call_soon(self._on_change, info)
+            return
         finally:
             os.close(settings_end)
             os.close(held)
@@ -117,7 +128,13 @@ class LocalEngine:
             limit.cancel()
         asyncio.get_running_loop().remove_reader(agent.life)
         os.close(agent.life)
-        Segments(self._settings.run, host).unlink_all()
+        task = asyncio.ensure_future(self._clean_up(host, agent))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _clean_up(self, host: str, agent: _Agent) -> None:
+        # To give gigabytes back takes longer than a supervisor may be silent.
+        await in_thread(Segments(self._settings.run, host).unlink_all)
         del self._agents[host]
         agent.gone.set()
         self._on_change(HostInfo(host=host, is_there=False, why=self._why[host]))

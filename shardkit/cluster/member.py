@@ -7,47 +7,27 @@ as long as there are slots. Nothing here knows JAX.
 """
 
 import contextlib
-import mmap
+import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shardkit.cluster.channel import Channel
 from shardkit.cluster.deadlines import PHASES, Deadlines
-from shardkit.cluster.fetching import Fetcher
-from shardkit.cluster.records import Assignment, ImageRef
+from shardkit.cluster.fetching import Fetcher, Span
+from shardkit.cluster.records import Assignment
+from shardkit.cluster.slot import Slot
 from shardkit.cluster.wire import Closed, Unanswered, WireError
 from shardkit.errors import ClusterError, ShardkitError
 
-__all__ = ["Member", "Slot"]
+__all__ = ["Member"]
 
 _PAUSE_S = 0.005
 """Progress is told at most this often; the newest counts."""
 _MAX_TEXT = 20000
-
-
-class Slot:
-    """A segment to write one image into.
-
-    Attributes:
-        name: Its name.
-        memory: All of it.
-    """
-
-    def __init__(self, name: str, path: str, num_bytes: int) -> None:
-        self.name = name
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), num_bytes)
-        self.memory = memoryview(self._map)
-
-    def close(self) -> None:
-        """Unmaps it, unless somebody still looks at it."""
-        with contextlib.suppress(BufferError):
-            self.memory.release()
-            self._map.close()
 
 
 class Member:
@@ -100,10 +80,13 @@ class Member:
             step: How many steps are done.
             phase: What it does now: one of `PHASES`.
             **facts: JSON values of the step that is done, such as `loss`; `busy_s`,
-                the seconds of it in which this process did work of its own, and
-                `work`, how many microbatches that was, let stragglers be seen.
+                the seconds in which this process did work of its own, and `work`, how
+                many microbatches that was, let stragglers be seen. `busy_step` says of
+                which step, where one measurement is told with several.
         """
         assert phase in PHASES, phase
+        # What JSON does not have would end the thread that sends, and nobody else.
+        json.dumps(facts, allow_nan=False)
         with self._changed:
             self._newest = {"step": step, "phase": phase, "facts": facts}
             self._is_new = True
@@ -124,6 +107,8 @@ class Member:
             f"all hosts is of step {self.protected_step})"
         )
         question = {"type": "reserve", "num_bytes": num_bytes}
+        # What it went on from is on devices by now; a map would keep its memory taken.
+        self._fetcher.close()
         reply = self._ask(question, self.deadlines.slot_s, what)
         name, size = reply["name"], reply["num_bytes"]
         known = self._slots.get(name)
@@ -158,36 +143,31 @@ class Member:
         """The newest step known to be whole and protected on all hosts; -1 if none."""
         return self._protected
 
-    def wait_protected(self, step: int, timeout_s: float | None = None) -> None:
-        """Waits until a step is whole and protected on all hosts.
+    def wait_protected(self, step: int, timeout_s: float) -> bool:
+        """Waits until a step is whole and protected on all hosts, or given up.
 
-        Raises:
-            Unanswered: If that takes longer than `timeout_s`, or `slot_s`.
+        Returns:
+            Whether the supervisor has said so in time.
         """
-        limit_s = self.deadlines.slot_s if timeout_s is None else timeout_s
         with self._changed:
-            if self._changed.wait_for(lambda: self._protected >= step, limit_s):
-                return
-        raise self._told(
-            Unanswered(
-                f"the supervisor did not say for {limit_s:g} s that the snapshot "
-                f"of step {step} is whole; the newest is of {self._protected}"
-            )
-        )
+            return self._changed.wait_for(lambda: self._protected >= step, timeout_s)
 
-    def fetch(self, ref: ImageRef, offset: int, num_bytes: int) -> memoryview:
-        """Returns bytes of an image, from this host's memory or from another's.
+    def fetch_all(self, spans: Sequence[Span]) -> list[memoryview]:
+        """Returns bytes of images, from this host's memory and from others'.
 
         Raises:
-            ClusterError: If the image is not there any more, or not so long.
+            ClusterError: If an image is not there any more, or not so long.
             WireError: If its host does not answer.
         """
         try:
-            return self._fetcher.fetch(ref, offset, num_bytes)
+            return self._fetcher.fetch_all(spans)
         except (ShardkitError, OSError) as error:
-            if isinstance(error, ShardkitError):
-                raise self._told(error) from None
-            raise self._told(ClusterError(f"image {ref.name}: {error}")) from None
+            is_told = isinstance(error, ShardkitError)
+            raise self._told(error if is_told else ClusterError(f"{error}")) from None
+
+    def restored(self) -> None:
+        """Says that the state is there, and how much of it came from other hosts."""
+        self._tell({"type": "restored", "fetched_bytes": self._fetcher.num_bytes})
 
     def boundary(self, step: int) -> str:
         """Asks whether to do a step; to be called before each is dispatched.
@@ -295,14 +275,12 @@ class Member:
             reply = self._replies.pop(id)
         peer = self._channel.peer
         if not answered:
-            error = Unanswered(f"{peer} did not answer with {what} for {timeout_s:g} s")
-        elif reply is None:
-            error = Closed(f"{peer} is gone; it was asked for {what}")
-        elif reply["type"] == "refused":
-            error = ClusterError(f"{peer}: {reply['why']}")
-        else:
-            return reply
-        raise self._told(error)
+            raise Unanswered(f"{peer} did not answer with {what} for {timeout_s:g} s")
+        if reply is None:
+            raise Closed(f"{peer} is gone; it was asked for {what}")
+        if reply["type"] == "refused":
+            raise ClusterError(f"{peer}: {reply['why']}")
+        return reply
 
     def _told(self, error: ShardkitError) -> ShardkitError:
         # What ends this process is the cluster's trouble then, not the program's.

@@ -89,6 +89,12 @@ def _of_hosts(hosts: Iterable[HostStatus]) -> Iterator[Family]:
     yield "host_standbys", "gauge", "Processes that wait to take over.", standbys
     flaps = [(name, host.flaps) for host, name in names]
     yield "host_flaps_total", "counter", "How often the host went.", flaps
+    kept = [(name, host.image_bytes) for host, name in names]
+    yield "host_image_bytes", "gauge", "Memory that images take.", kept
+    guards = [(name, host.protection_bytes) for host, name in names]
+    yield "host_protection_bytes", "gauge", "What protects others' takes.", guards
+    most = [(name, host.predicted_bytes) for host, name in names]
+    yield "host_predicted_bytes", "gauge", "What both were said to take.", most
     steps = [(name, worker.step) for worker, name in workers]
     yield "worker_step", "gauge", "The step that a process is at.", steps
     ages = [(name, worker.age_s) for worker, name in workers]

@@ -14,11 +14,13 @@ from shardkit.cluster.deadlines import Deadlines
 from shardkit.errors import ClusterError
 from shardkit.snapshot.head import Buffer, as_bytes
 
-__all__ = ["Part", "Peers"]
+__all__ = ["Part", "Peers", "interleave"]
 
 _CHUNK_BYTES = 1 << 20
 _WINDOW_BYTES = 8 << 20
 """What may be on its way at once, over all peers."""
+_MOST_WAITING = 64
+"""So many requests at most: a peer that cannot answer reads no more of them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +67,10 @@ class Peers:
         num_bytes = 0
         try:
             for part in _chunks(parts):
-                while waiting and num_bytes + part.num_bytes > _WINDOW_BYTES:
+                while waiting and (
+                    num_bytes + part.num_bytes > _WINDOW_BYTES
+                    or len(waiting) >= _MOST_WAITING
+                ):
                     num_bytes -= waiting[0].num_bytes
                     yield self._take(waiting)
                 waiting.append(part)
@@ -125,6 +130,25 @@ class Peers:
             raise ClusterError(f"{channel.peer}: segment {part.name}: {why}")
         waiting.popleft()
         return part, payload
+
+
+def interleave(parts: Iterable[Part]) -> Iterator[Part]:
+    """Yields the chunks of parts, each peer's in turn: all of them send at once.
+
+    >>> a, b = (Part(x, x, "image", 0, 2 << 20) for x in "ab")
+    >>> [(part.host, part.offset >> 20) for part in interleave([a, b])]
+    [('a', 0), ('b', 0), ('a', 1), ('b', 1)]
+    """
+    of_peers: dict[str, list[Part]] = {}
+    for part in parts:
+        of_peers.setdefault(part.address, []).append(part)
+    queues = {address: _chunks(found) for address, found in of_peers.items()}
+    while queues:
+        for address, queue in list(queues.items()):
+            if (chunk := next(queue, None)) is None:
+                del queues[address]
+            else:
+                yield chunk
 
 
 def _chunks(parts: Iterable[Part]) -> Iterator[Part]:

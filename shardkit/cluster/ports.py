@@ -1,7 +1,7 @@
 """A port that is free, and stays so until it is needed.
 
-Owns that socket. Invariant: a number that was released is never given out again by the
-same holder as long as the system has others.
+Owns that socket. Invariant: two numbers that are given one after the other are not the
+same.
 """
 
 import socket
@@ -14,14 +14,6 @@ class FreshPort:
 
     Args:
         ip: On which address.
-
-    Example:
-        >>> port = FreshPort("127.0.0.1")
-        >>> port.hold()
-        >>> port.number == port.number != None
-        True
-        >>> port.release()
-        >>> port.number
     """
 
     def __init__(self, ip: str) -> None:
@@ -45,9 +37,3 @@ class FreshPort:
         self.hold()
         if held is not None:
             held.close()
-
-    def release(self) -> None:
-        """Leaves it to whoever was told of it."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None

@@ -72,7 +72,9 @@ class Protecting:
         """Goes on with the step that is being protected, or begins with a newer one.
 
         Returns:
-            Whether a newer step is protected now.
+            Whether a newer step is protected now. All hosts are to be told, and this
+            called again, before the next is ordered: for that they give up whatever
+            protection they do not know to count.
         """
         images = self._images(live)
         newest = live.newest_whole(images)
@@ -81,18 +83,21 @@ class Protecting:
             if is_newer and not self.costs:
                 self._predict(live, images)
             return is_newer
-        is_newer = False
         if self._step >= 0 and self._is_over(live, now_s):
             is_newer, self._step = live.protect(self._step, now_s), -1
-            if is_newer and not self.costs:
-                self._predict(live, images)
+            if is_newer:
+                if not self.costs:
+                    self._predict(live, images)
+                # Who begins with the next one gives up what it does not know to be
+                # protected, so that this has to be told first.
+                return True
         if self._step < 0 and newest > live.protected:
             self._step, self._since_s = newest, now_s
             window_s = self._deadlines.window_s("step", live.watchdog.step_s)
             self._limit_s = window_s / 2
             for name in live.hosts:
                 self.repeat(self._roster[name], live)
-        return is_newer
+        return False
 
     def repeat(self, host: Host, live: Live) -> None:
         """Orders again what the report of a host shows that it has not done."""

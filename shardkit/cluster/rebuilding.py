@@ -152,7 +152,7 @@ class Rebuilding:
             try:
                 read = self._reader(number, plan, addresses)
                 name = self._slots.new_name("rebuilt")
-                segment = self._slots.create(name, plan.num_bytes)
+                segment = await in_thread(self._slots.create, name, plan.num_bytes)
                 head = await in_thread(_make, plan, read, segment)
             except Exception as error:
                 # Whatever it was: the supervisor has to hear of it, and choose anew.

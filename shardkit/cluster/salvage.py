@@ -167,6 +167,8 @@ class Salvage:
         self._orders.append(Send(job.host, header, job.head))
 
     def _choose(self, now_s: float) -> bool:
+        # Who was lost before it could answer is not waited for, nor read from.
+        self._asked = {x: y for x, y in self._asked.items() if self._is_there(x)}
         reports = [
             report
             for host, found in self._found.items()

@@ -34,9 +34,11 @@ class Limits:
         first_quarantine_s: For how long at first; twice as long every time after.
         longest_quarantine_s: And never longer than this.
         settle_steps: After so many steps of a generation, standbys are started.
-        straggler_steps: Over so many steps speeds are compared.
+        straggler_steps: Over so many measurements of each process speeds are compared.
         straggler_gain: A change for the sake of stragglers must save this part of a
             step.
+        straggler_rest_s: After such a change there is no other for so long at first;
+            twice as long every time after, up to `longest_quarantine_s`.
         leave_out_speed: A process slower than this part of the median is left out.
     """
 
@@ -50,6 +52,7 @@ class Limits:
     settle_steps: int = 2
     straggler_steps: int = 20
     straggler_gain: float = 0.15
+    straggler_rest_s: float = 60.0
     leave_out_speed: float = 0.2
 
 
@@ -65,6 +68,7 @@ class Settings:
         hosts: What each host has.
         min_devices: With fewer, the run waits.
         redundancy: How snapshots are protected.
+        stragglers: What is done about slow processes: `"balance"` or `"ignore"`.
         standbys: How many warm processes a host keeps; None for as many as it runs.
         deadlines: How long things may take.
         limits: What is put up with.
@@ -78,6 +82,7 @@ class Settings:
     hosts: tuple[HostPlan, ...]
     min_devices: int = 1
     redundancy: str = "none"
+    stragglers: str = "balance"
     standbys: int | None = None
     deadlines: Deadlines = dataclasses.field(default_factory=Deadlines)
     limits: Limits = dataclasses.field(default_factory=Limits)

@@ -3,11 +3,14 @@
 Owns the two slots of every worker and the images in them. Invariants: the newest image
 that is protected on all hosts is never given out to be overwritten; what was not
 committed is never offered as an image; a worker of a new generation writes into new
-segments, so that one of an old generation cannot reach them.
+segments, so that one of an old generation cannot reach them; one that has ended gets
+none. Nothing but `create` takes long.
 """
 
 import dataclasses
 import os
+import threading
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,8 @@ class Slots:
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
         self._slots: dict[tuple[int, int], list[_Slot]] = {}
-        self._num_made = 0
+        self._num_made = self._ended = 0
+        self._leaving: list[threading.Thread] = []
         self.protected: tuple[int, int] = (0, -1)
 
     def new_name(self, kind: str) -> str:
@@ -72,37 +76,67 @@ class Slots:
         return f"{kind}.{os.getpid()}.{self._num_made}"
 
     def create(self, name: str, num_bytes: int) -> Segment:
-        """Makes a segment, of which the caller is the owner; from any thread.
+        """Makes a segment, of which the caller is the owner; in a thread of its own.
 
         Raises:
             SaveError: If there is no room for it.
         """
+        for thread in self._leaving:
+            thread.join()
         return self._segments.create(name, num_bytes)
 
     def remove(self, segment: Segment) -> None:
         """Removes a segment; who reads it still may go on."""
         self._segments.unlink(segment.name)
-        segment.close()
+        # To give gigabytes back takes longer than an agent may be silent.
+        thread = threading.Thread(target=segment.close, daemon=True)
+        thread.start()
+        self._leaving = [x for x in self._leaving if x.is_alive()] + [thread]
 
     def reserve(self, generation: int, process: int, num_bytes: int) -> str | None:
-        """Gives out a segment to write into; None while both are still needed.
-
-        Raises:
-            SaveError: If there is no room for it.
-        """
-        slots = self._slots.setdefault((generation, process), [])
+        """Gives out a segment to write into; None if none is there that is free."""
+        slots = self._slots.get((generation, process), [])
         free = next((slot for slot in slots if self._is_free(slot)), None)
-        if free is None and len(slots) == 2:
+        if free is None:
             return None
-        if free is not None and free.segment.num_bytes >= num_bytes:
-            free.image = None
-            return free.segment.name
-        if free is not None:
+        if free.segment.num_bytes < num_bytes:
             slots.remove(free)
             self.remove(free.segment)
-        made = _Slot(self.create(self.new_name("image"), num_bytes))
-        slots.append(made)
-        return made.segment.name
+            return None
+        free.image = None
+        return free.segment.name
+
+    def count(self, generation: int, process: int) -> int:
+        """Counts the segments of a worker."""
+        return len(self._slots.get((generation, process), []))
+
+    def may_grow(self, generation: int, process: int) -> bool:
+        """Whether a worker may have one more: it lives, and has not two."""
+        return generation > self._ended and self.count(generation, process) < 2
+
+    def add(self, generation: int, process: int, segment: Segment) -> None:
+        """Takes a segment for a worker, unless that has ended meanwhile."""
+        if self.may_grow(generation, process):
+            slots = self._slots.setdefault((generation, process), [])
+            slots.append(_Slot(segment))
+        else:
+            self.remove(segment)
+
+    def has_older(self, generation: int) -> bool:
+        """Whether there are images of generations before this one."""
+        return any(slots for key, slots in self._slots.items() if key[0] < generation)
+
+    def drop_older(self, generation: int, keep: Container[str]) -> bool:
+        """Removes the images of older generations but some; whether there were any."""
+        found = [
+            slot.segment.name
+            for key, slots in self._slots.items()
+            for slot in slots
+            if key[0] < generation and slot.segment.name not in keep
+        ]
+        for name in found:
+            self.drop(name)
+        return bool(found)
 
     def _is_free(self, slot: _Slot) -> bool:
         image = slot.image
@@ -152,6 +186,7 @@ class Slots:
 
     def drop_torn(self, up_to_generation: int) -> None:
         """Removes what workers that are gone have not committed."""
+        self._ended = max(self._ended, up_to_generation)
         for key, slots in self._slots.items():
             if key[0] <= up_to_generation:
                 for slot in [slot for slot in slots if slot.image is None]:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from shardkit.cluster.balance import Balance
 from shardkit.cluster.forming import make_seats
 from shardkit.cluster.hosts import Host
 from shardkit.cluster.live import Live, Seat
@@ -28,19 +29,26 @@ class Spares:
         settings: What the cluster was started with.
         roster: Its hosts.
         talk: Tells their agents.
+
+    Attributes:
+        roster: Its hosts.
+        balance: What was decided about slow processes, for the next generation.
     """
 
     def __init__(self, settings: Settings, roster: Roster, talk: Talk) -> None:
-        self._settings, self._roster, self._talk = settings, roster, talk
+        self._settings, self.roster, self._talk = settings, roster, talk
+        self.balance = Balance(settings, roster)
         self._seats: list[Seat] = []
         self._since_s = 0.0
 
     def check(self, live: Live, now_s: float) -> None:
         """Has standbys prepare, once the generation that runs leaves time for it."""
+        hosts = [self.roster[name] for name in live.hosts]
+        if self._seats and self._quotas != self.balance.quotas(hosts):
+            self.drop()
         if self._seats:
             self._look_after(now_s)
             return
-        hosts = [self._roster[name] for name in live.hosts]
         if any(host.has_prepared() for host in hosts):
             # Those of a supervisor before this one.
             self.drop()
@@ -49,18 +57,17 @@ class Spares:
         if live.num_settled() < self._settings.limits.settle_steps:
             return
         self._since_s = now_s
-        first = live.seats[0].assignment
         self._seats = make_seats(
             hosts,
             generation=0,
             resume=None,
-            quotas=first.quotas,
+            quotas=self.balance.quotas(hosts),
             redundancy=self._settings.redundancy,
             attempt=0,
             leave=False,
         )
         for seat in self._seats:
-            self._talk.prepare(self._roster[seat.assignment.host], seat)
+            self._talk.prepare(self.roster[seat.assignment.host], seat)
 
     def _look_after(self, now_s: float) -> None:
         """Ends all if one has ended, or takes too long."""
@@ -72,13 +79,27 @@ class Spares:
         if is_broken or is_late or states - {"ready", "preparing", "hot"}:
             self.drop()
 
+    def find_reason(self, live: Live, now_s: float) -> str | None:
+        """Returns why to go on otherwise, once who would has prepared, if anybody does.
+
+        Args:
+            live: The generation that trains.
+            now_s: The time.
+        """
+        hosts = [self.roster[name] for name in live.hosts]
+        prepares = any(host.has_prepared() or host.can_prepare() for host in hosts)
+        are_same = all(host.is_welcome for host in hosts)
+        is_set = not (prepares and are_same) or self.hosts() == hosts
+        return self.balance.find_reason(now_s, is_set=is_set)
+
     def hosts(self) -> list[Host]:
         """Returns the hosts whose standbys could take over at once, in order."""
         if self._states() != {"hot"}:
             return []
         names = dict.fromkeys(seat.assignment.host for seat in self._seats)
-        found = [self._roster[name] for name in names]
-        return found if all(host.is_welcome for host in found) else []
+        found = [self.roster[name] for name in names]
+        is_wanted = self._quotas == self.balance.quotas(found)
+        return found if is_wanted and all(host.is_welcome for host in found) else []
 
     def prefer(
         self, usable: list[Host], coming: list[Host]
@@ -117,13 +138,13 @@ class Spares:
     def drop(self) -> None:
         """Ends them."""
         self._seats = []
-        for host in self._roster:
+        for host in self.roster:
             if host.has_prepared():
                 self._talk.drop_spares(host)
 
     def _states(self) -> set[str]:
         return {
-            self._roster[seat.assignment.host]
+            self.roster[seat.assignment.host]
             .workers()
             .get(seat.worker, {})
             .get("state", "gone")

@@ -158,6 +158,10 @@ class HostStatus(_Record):
         standbys: How many wait to take the place of one.
         flaps: How often it went and came back.
         until_s: How long it is still kept out.
+        image_bytes: What images take of its memory.
+        protection_bytes: What protects those of other hosts takes.
+        predicted_bytes: What both were said to take; for a moment after a recovery it
+            is more, since what was gone back to is kept until there is a newer step.
     """
 
     host: Annotated[str, _text] = "?"
@@ -166,6 +170,9 @@ class HostStatus(_Record):
     standbys: Whole = None
     flaps: Whole = None
     until_s: Real = None
+    image_bytes: Whole = None
+    protection_bytes: Whole = None
+    predicted_bytes: Whole = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,12 +184,15 @@ class SnapshotStatus(_Record):
         age_s: How long ago it became whole.
         bytes: What it takes on all hosts, without what protects it.
         protection_bytes: What protects it takes.
+        predicted_bytes: What the snapshots of all hosts were said to take, with what
+            protects them.
     """
 
     step: Whole = None
     age_s: Real = None
     bytes: Whole = None
     protection_bytes: Whole = None
+    predicted_bytes: Whole = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +216,7 @@ class RecoveryStatus(_Record):
         total_s: How long it took; None while it goes on.
         phases: What the time went to, in order.
         rebuilt_bytes: What was lost and made again from what protected it.
+        fetched_bytes: What processes have read of other hosts' images.
     """
 
     generation: Whole = None
@@ -216,6 +227,7 @@ class RecoveryStatus(_Record):
     total_s: Real = None
     phases: Annotated[tuple[Phase, ...], _many(Phase.from_json)] = ()
     rebuilt_bytes: Whole = None
+    fetched_bytes: Whole = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from shardkit.cluster.member import Member, Slot
 from shardkit.cluster.records import Assignment, Resume
+from shardkit.cluster.remote_images import open_images
 from shardkit.snapshot.groups import Redundancy
-from shardkit.snapshot.image import Image, read_image
+from shardkit.snapshot.image import Image
 
 __all__ = ["MemberStore"]
 
@@ -61,13 +62,7 @@ class MemberStore:
         """The images of that step."""
         assert self._resume is not None
         assert step == self._resume.step
-        return [
-            read_image(
-                self._joined.fetch(ref, 0, ref.num_bytes),
-                f"the image of process {ref.process} on {ref.host}",
-            )
-            for ref in self._resume.images
-        ]
+        return open_images(self._joined, self._resume.images)
 
     def forget(self, step: int | None = None) -> None:
         """Goes on from none of them."""

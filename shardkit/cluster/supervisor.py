@@ -7,6 +7,7 @@ the machine's business.
 """
 
 import asyncio
+import json
 import socket
 import sys
 import urllib.parse
@@ -54,6 +55,7 @@ class Supervisor:
         self._agents: dict[str, Link] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._over = asyncio.Event()
+        self._unsaved = ""
 
     async def run(self, listener: socket.socket) -> None:
         """Serves until the launcher ends it, or is gone."""
@@ -145,7 +147,15 @@ class Supervisor:
             "machine": self._machine.to_json(),
             "history": self._history.to_json(),
         }
-        write_private(self._file, values)
+        try:
+            write_private(self._file, values)
+            self._unsaved = ""
+        except OSError as error:
+            # The run goes on; only a supervisor after this one would know less.
+            if self._unsaved != str(error):
+                self._unsaved = str(error)
+                text = f"what the supervisor knows cannot be saved: {error}"
+                self._launcher.post({"type": "tell", "text": text})
 
     async def _met(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -213,7 +223,12 @@ class Supervisor:
 
     async def _serve_person(self, link: Link, header: Mapping[str, Any]) -> None:
         while header["type"] == "status":
-            link.post({"type": "status", "status": self._status()})
+            status = self._status()
+            try:
+                link.post({"type": "status", "status": status})
+            except WireError:
+                # After many recoveries it does not fit into a header any more.
+                link.post({"type": "status"}, json.dumps(status).encode())
             header = (await link.receive()).header
 
 

@@ -4,7 +4,6 @@ Owns these messages. Invariant: each can be said any number of times; an agent t
 heard it does nothing the second time. When to say what is the state machine's business.
 """
 
-import dataclasses
 from typing import Any
 
 from shardkit.cluster.hosts import Host
@@ -25,7 +24,6 @@ class Talk:
 
     def __init__(self, settings: Settings, orders: list[Order]) -> None:
         self._settings, self._orders = settings, orders
-        self._deadlines = dataclasses.asdict(settings.deadlines)
 
     def _send(self, host: Host, header: dict[str, Any]) -> None:
         if host.is_alive:
@@ -39,7 +37,6 @@ class Talk:
                 "type": "assign",
                 "worker": seat.worker,
                 "assignment": seat.assignment.to_json(),
-                "deadlines": self._deadlines,
             },
         )
 

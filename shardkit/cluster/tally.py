@@ -164,6 +164,17 @@ def _snapshot(machine: Machine, now_s: float) -> dict[str, Any] | None:
     }
 
 
+def _memory(host: Host, machine: Machine) -> dict[str, Any]:
+    """What snapshots take of a host's memory; nothing is known of one that is gone."""
+    report, cost = host.report, machine.protecting.costs.get(host.name)
+    images = [image["num_bytes"] for image in report.get("images", ())]
+    return {
+        "image_bytes": sum(images) if report else None,
+        "protection_bytes": report.get("protection_bytes"),
+        "predicted_bytes": None if cost is None else cost.total_bytes,
+    }
+
+
 def _host(host: Host, machine: Machine, now_s: float) -> dict[str, Any]:
     live, state = machine.live, "lost"
     if host.until_s is not None:
@@ -196,6 +207,7 @@ def _host(host: Host, machine: Machine, now_s: float) -> dict[str, Any]:
         "workers": workers,
         "standbys": host.count_standbys(),
         "flaps": len(host.losses),
+        **_memory(host, machine),
         "until_s": None if host.until_s is None else round(host.until_s - now_s, 3),
         "why": host.why,
     }

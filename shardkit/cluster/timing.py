@@ -26,6 +26,8 @@ class Recovery:
         protected: The newest step that was whole.
         noticed_s: When that was noticed.
         detect_s: How long before that it happened, in seconds.
+        rebuilt_bytes: What was lost and made again.
+        fetched_bytes: What processes have read of other hosts' images.
     """
 
     generation: int
@@ -37,6 +39,7 @@ class Recovery:
     reached: int = 0
     lost_steps: int = 0
     rebuilt_bytes: int = 0
+    fetched_bytes: int = 0
     said: str = ""
     ended_s: float | None = None
     chosen_s: float | None = None
@@ -97,6 +100,7 @@ class Recovery:
             "total_s": round(sum(s for _, s in phases), 6),
             "phases": [{"name": name, "s": round(s, 6)} for name, s in phases],
             "rebuilt_bytes": self.rebuilt_bytes,
+            "fetched_bytes": self.fetched_bytes,
             "said": self.said,
             "is_over": self.stepped_s is not None,
         }

@@ -11,7 +11,7 @@ import collections
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ _NUM_LINES = 40
 _LINE_BYTES = 2000
 _NICENESS = 10
 _MOST_REMEMBERED = 4
+_MOST_CHARACTERS = 150_000
+"""Of what all that have ended said last; as JSON it has to fit into a header."""
 
 
 class Worker:
@@ -66,8 +68,12 @@ class Worker:
         """The generation that it is in; None for a standby."""
         return None if self.assignment is None else self.assignment.generation
 
-    def report(self) -> dict[str, Any]:
-        """Says what is known of it, as JSON values."""
+    def report(self, most: int = _MOST_CHARACTERS) -> dict[str, Any]:
+        """Says what is known of it, as JSON values.
+
+        Args:
+            most: How many characters its last words may have.
+        """
         assert self.child is not None
         now_s = time.monotonic()
         found = {
@@ -82,6 +88,11 @@ class Worker:
             found["generation"] = self.assignment.generation
             found["process"] = self.assignment.process_index
             found |= self.told
+        if failed := self.told.get("failed"):
+            found["failed"] = failed | {
+                "message": failed["message"][: most // 3],
+                "traceback": failed["traceback"][-(most // 3) :],
+            }
         if self.failed_s is not None:
             found["failed_age_s"] = now_s - self.failed_s
         if self.ended_s is not None:
@@ -91,10 +102,19 @@ class Worker:
                 "status": spell_status(self.child.returncode),
                 "ended_by_us": self.is_ending,
                 "exit_age_s": now_s - self.ended_s,
-                "tail": list(self.tail),
-                "failed": self.told.get("failed"),
+                "tail": _last(self.tail, most // 3),
+                "failed": found.get("failed"),
             }
         return found
+
+
+def _last(lines: Iterable[str], most: int) -> list[str]:
+    """Returns the last lines that have so many characters together."""
+    found = collections.deque(lines)
+    size = sum(map(len, found))
+    while size > most:
+        size -= len(found.popleft())
+    return list(found)
 
 
 class Workers:
@@ -135,6 +155,12 @@ class Workers:
     def in_state(self, *states: str) -> list[Worker]:
         """Returns the workers that are in one of these states."""
         return [worker for worker in self.all.values() if worker.state in states]
+
+    def report(self) -> list[dict[str, Any]]:
+        """Says what is known of all, as JSON values; the more have ended, the less."""
+        ended = [w for w in self.all.values() if w.ended_s or w.failed_s]
+        most = _MOST_CHARACTERS // max(1, len(ended))
+        return [worker.report(most) for worker in self.all.values()]
 
     def keep_standbys(self, count: int, *, at_once: bool) -> None:
         """Sees that there are so many workers without an assignment.

@@ -87,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how snapshots are protected against the loss of hosts [none]",
     )
     parser.add_argument(
+        "--stragglers",
+        choices=("balance", "ignore"),
+        default="balance",
+        help="what is done about slow processes: fewer microbatches for them, measured "
+        "in a hundredth of the time, or nothing [balance]",
+    )
+    parser.add_argument(
         "--standbys",
         metavar="N",
         type=number(0),
@@ -153,6 +160,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             hosts=hosts,
             min_devices=arguments.min_devices,
             redundancy=arguments.redundancy,
+            stragglers=arguments.stragglers,
             standbys=arguments.standbys,
             deadlines=deadlines,
         )

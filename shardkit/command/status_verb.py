@@ -30,7 +30,7 @@ exit codes:
 """
 _POLL_S = 0.5
 _ASK_S = 2.0
-_MAX_ROWS_ABOVE = 16
+_MAX_ROWS_ABOVE = 17
 _PIPE_WIDTH = 160
 
 

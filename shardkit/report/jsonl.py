@@ -164,6 +164,11 @@ class MetricsFile:
         )
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
+    @property
+    def last_step(self) -> int:
+        """The newest step that is in it; -1 if none is."""
+        return self._last_step
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes a line; one that goes back in time first cuts what it repeats."""
         kind, step = record.get("event"), record["step"]

@@ -22,6 +22,7 @@ from shardkit.report.tensorboard import TensorBoard
 from shardkit.report.terminal import Terminal, format_announced, format_reconfigure
 from shardkit.report.timeline import write_timeline
 from shardkit.report.trace import TraceFile
+from shardkit.snapshot.recent import LastStep
 
 __all__ = ["Report"]
 
@@ -84,9 +85,12 @@ class Report:
 
     def step(self, metrics: StepLike) -> None:
         """Reports a step."""
-        assert self._metrics is not None, "begin comes first"
         if self._trace is not None:
             self._trace.step(metrics)
+        self._tell(metrics)
+
+    def _tell(self, metrics: StepLike) -> None:
+        assert self._metrics is not None, "begin comes first"
         self._metrics.append(step_record(metrics))
         self.terminal.step(metrics)
         if self._tensorboard:
@@ -131,6 +135,11 @@ class Report:
             self._say_begin(fields["step"])
         elif event.name == "rewind" and self._metrics is not None:
             self._metrics.truncate(fields["step"])
+        elif event.name == "last_steps" and self._metrics is not None:
+            for step in map(LastStep.from_json, fields["recent"]):
+                # What the process before this one told is here already.
+                if step.step > self._metrics.last_step:
+                    self._tell(step)
         elif event.name == "eval":
             step, loss = fields["step"], fields["loss"]
             self.evals[step] = loss

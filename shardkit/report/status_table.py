@@ -21,6 +21,9 @@ __all__ = ["render"]
 MAX_CELLS = 100
 """Width of the bar of a recovery's phases, where there is room."""
 
+WIDE = 110
+"""From so many columns on there is room for what each host has in memory."""
+
 SLOW = 0.8
 """Share of the median speed below which a process is called slow."""
 
@@ -69,7 +72,7 @@ def render(
     """
     parts: list[RenderableType] = [_head(status), *_facts(status)]
     if status.hosts:
-        parts += ["", _hosts(status, max_rows)]
+        parts += ["", _Hosts(status, max_rows)]
     if status.recoveries:
         parts += ["", *_recovery(status.recoveries[-1], len(status.recoveries))]
     if status.waits or note:
@@ -120,6 +123,9 @@ def _facts(status: Status) -> Iterator[RenderableType]:
             facts.append(("memory", format_bytes(snapshot.bytes)))
     if status.redundancy is not None:
         facts.append(("redundancy", f"{status.redundancy}{_cost(status)}"))
+    if snapshot is not None and snapshot.predicted_bytes:
+        most = format_bytes(snapshot.predicted_bytes)
+        facts.append(("predicted", f"{most} in all"))
     if facts:
         yield _line(facts)
 
@@ -182,7 +188,19 @@ class _Bar:
         yield _Flow(legend, "  ")
 
 
-def _hosts(status: Status, max_rows: int | None) -> RenderableType:
+class _Hosts:
+    """The table of hosts and processes, with as many columns as there is room for."""
+
+    def __init__(self, status: Status, max_rows: int | None) -> None:
+        self.status, self.max_rows = status, max_rows
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        yield _hosts(self.status, self.max_rows, is_wide=options.max_width >= WIDE)
+
+
+def _hosts(status: Status, max_rows: int | None, *, is_wide: bool) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column("host", overflow="ellipsis", no_wrap=True, min_width=6)
     table.add_column("state", no_wrap=True)
@@ -191,15 +209,35 @@ def _hosts(status: Status, max_rows: int | None) -> RenderableType:
     table.add_column("doing", no_wrap=True)
     for name in ("heard", "speed", "standby"):
         table.add_column(name, justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("images + protection", justify="right", no_wrap=True)
     hosts = _most_telling(status.hosts, max_rows)
     for host in hosts:
-        for row in _rows(host):
-            table.add_row(*row)
+        for number, row in enumerate(_rows(host)):
+            memory = [_memory(host) if number == 0 else ""] if is_wide else []
+            table.add_row(*row, *memory)
     parts: list[RenderableType] = [table]
     num_left = len(status.hosts) - len(hosts)
     if num_left:
         parts.append(Text(f"… and {num_left} more hosts", style="dim"))
     return Group(*parts, *(Text(x, style="yellow") for x in map(_absence, hosts) if x))
+
+
+def _memory(host: HostStatus) -> str:
+    """Says what snapshots take of a host's memory, and what they were said to.
+
+    >>> sizes = {"image_bytes": 2 << 20, "protection_bytes": 1 << 20}
+    >>> _memory(HostStatus(**sizes, predicted_bytes=3_200_000))
+    '2 MiB + 1 MiB of 3.05 MiB'
+    """
+    if host.image_bytes is None:
+        return _UNKNOWN
+    text = format_bytes(host.image_bytes)
+    if host.protection_bytes:
+        text += f" + {format_bytes(host.protection_bytes)}"
+    if host.predicted_bytes is not None:
+        text += f" of {format_bytes(host.predicted_bytes)}"
+    return text
 
 
 def _absence(host: HostStatus) -> str:
@@ -273,6 +311,8 @@ def _recovery(recovery: RecoveryStatus, number: int) -> Iterator[RenderableType]
         facts.append(("lost steps", str(recovery.lost_steps)))
     if recovery.rebuilt_bytes:
         facts.append(("rebuilt", format_bytes(recovery.rebuilt_bytes)))
+    if recovery.fetched_bytes:
+        facts.append(("fetched", format_bytes(recovery.fetched_bytes)))
     yield _line(facts)
     if recovery.phases:
         yield _Bar(recovery.phases)

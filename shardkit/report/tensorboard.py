@@ -8,6 +8,9 @@ from shardkit.report.jsonl import StepLike, phase_ms
 
 __all__ = ["TensorBoard"]
 
+_FLUSH_S = 1
+"""What is younger than this is lost with a process that is killed."""
+
 
 class TensorBoard:
     """Writes event files.
@@ -25,7 +28,7 @@ class TensorBoard:
         import tensorboardX
 
         self._writer = tensorboardX.SummaryWriter(
-            logdir=str(directory), purge_step=first_step or None
+            logdir=str(directory), purge_step=first_step or None, flush_secs=_FLUSH_S
         )
 
     def step(self, metrics: StepLike) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "clear_head",
     "header_fields",
     "read_head",
+    "read_record",
     "rewrite_record",
     "torn",
     "write_head",
@@ -139,11 +140,11 @@ def rewrite_record(memory: memoryview, head: Head, **changes: int) -> Head:
     return head
 
 
-def read_head(memory: Buffer, where: str = "snapshot") -> Head:
-    """Reads the record, and checks the header.
+def read_record(memory: Buffer, where: str = "snapshot") -> Head:
+    """Reads the record alone, which says how long the header is that follows it.
 
     Args:
-        memory: A segment, or its beginning up to the end of the header.
+        memory: A segment, or its beginning up to the end of the record.
         where: What it is, for messages.
 
     Raises:
@@ -163,6 +164,21 @@ def read_head(memory: Buffer, where: str = "snapshot") -> Head:
         raise torn(where, f"expected a snapshot, found {head.magic!r}")
     if any(memory[_RECORD.size : RECORD_BYTES]):
         raise torn(where, "there is something between record and header")
+    return head
+
+
+def read_head(memory: Buffer, where: str = "snapshot") -> Head:
+    """Reads the record, and checks the header.
+
+    Args:
+        memory: A segment, or its beginning up to the end of the header.
+        where: What it is, for messages.
+
+    Raises:
+        TornError: If it was never committed, or has been changed.
+    """
+    memory = as_bytes(memory)
+    head = read_record(memory, where)
     if head.body_start > min(len(memory), head.solid_bytes):
         raise torn(where, f"expected a header of {head.header_bytes} bytes, found less")
     if head.solid_bytes > head.num_bytes:

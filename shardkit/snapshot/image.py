@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from shardkit.checkpoint.views import as_dtype, box_shape
-from shardkit.errors import ConfigError, SaveError
+from shardkit.errors import ConfigError, SaveError, TornError
 from shardkit.snapshot.head import (
     IMAGE,
     Buffer,
@@ -97,13 +97,15 @@ class ImageWriter:
 
     def view(self, index: int) -> np.ndarray:
         """The place of a piece, to be written to; `put_done` must follow."""
-        return _array(self._memory, self.layout, self.layout.pieces[index])
+        return _array(self._data(index), self.layout, self.layout.pieces[index])
 
     def put_done(self, index: int) -> None:
         """Sums up a piece that was written through `view`."""
+        self._sums[index] = byte_sum(self._data(index))
+
+    def _data(self, index: int) -> memoryview:
         piece = self.layout.pieces[index]
-        data = self._memory[piece.offset : piece.offset + piece.num_bytes]
-        self._sums[index] = byte_sum(data)
+        return self._memory[piece.offset : piece.offset + piece.num_bytes]
 
     def commit(self, meta: Mapping[str, Any]) -> Head:
         """Writes the header and, last of all, the record.
@@ -172,6 +174,9 @@ class Image:
         piece = self.layout.pieces[index]
         return piece.offset + piece.num_bytes <= len(self.memory)
 
+    def ask(self, index: int) -> None:
+        """Says that a piece will be read soon; memory needs no such notice."""
+
     def piece(self, index: int) -> np.ndarray:
         """Reads a piece, after its checksum.
 
@@ -182,16 +187,23 @@ class Image:
         Raises:
             TornError: If it is not what was put there.
         """
-        piece = self.layout.pieces[index]
-        leaf = self.layout.leaves[piece.leaf]
         if not self.has(index):
-            raise torn(self.where, f"{leaf.path} {piece.box} is not here")
-        data = self.memory[piece.offset : piece.offset + piece.num_bytes]
+            raise self._torn(index, "is not here")
+        data = self._data(index)
         if byte_sum(data) != self.sums[index]:
-            raise torn(self.where, f"{leaf.path} {piece.box} is not what was written")
-        array = _array(self.memory, self.layout, piece)
+            raise self._torn(index, "is not what was written")
+        array = _array(data, self.layout, self.layout.pieces[index])
         array.flags.writeable = False
         return array
+
+    def _data(self, index: int) -> memoryview:
+        piece = self.layout.pieces[index]
+        return self.memory[piece.offset : piece.offset + piece.num_bytes]
+
+    def _torn(self, index: int, problem: str) -> TornError:
+        piece = self.layout.pieces[index]
+        path = self.layout.leaves[piece.leaf].path
+        return torn(self.where, f"{path} {piece.box} {problem}")
 
     def with_memory(self, memory: memoryview) -> "Image":
         """The same image elsewhere: what its header says stays."""
@@ -235,7 +247,6 @@ def read_image(
     return Image(head, layout, sums, meta, memory[: head.num_bytes], where)
 
 
-def _array(memory: memoryview, layout: ImageLayout, piece: Piece) -> np.ndarray:
+def _array(data: memoryview, layout: ImageLayout, piece: Piece) -> np.ndarray:
     dtype, shape = as_dtype(layout.leaves[piece.leaf].dtype), box_shape(piece.box)
-    data = memory[piece.offset : piece.offset + piece.num_bytes]
     return np.frombuffer(data, np.uint8).view(dtype).reshape(shape)

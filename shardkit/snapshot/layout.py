@@ -17,7 +17,10 @@ from shardkit.checkpoint.views import Box, as_dtype, box_shape
 from shardkit.errors import ConfigError
 from shardkit.snapshot.head import RECORD_BYTES, Head, align
 
-__all__ = ["ImageLayout", "MeshRecord", "Piece", "SnapshotLeaf"]
+__all__ = ["META_ROOM_BYTES", "ImageLayout", "MeshRecord", "Piece", "SnapshotLeaf"]
+
+META_ROOM_BYTES = 1 << 14
+"""What an image can say besides, as JSON, unless its layout was planned otherwise."""
 
 _MAX_DIMS = 32
 _MAX_SIZE = 1 << 48
@@ -137,7 +140,7 @@ class ImageLayout:
         leaves: Sequence[SnapshotLeaf],
         mesh: MeshRecord,
         pieces: Iterable[Piece],
-        meta_room_bytes: int = 1 << 14,
+        meta_room_bytes: int = META_ROOM_BYTES,
     ) -> "ImageLayout":
         """Finds a place for every piece.
 

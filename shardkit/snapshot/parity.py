@@ -201,7 +201,7 @@ def _zfec():
         import zfec
     except ImportError:
         raise ConfigError(
-            "redundancy parity:M with M of 2 or more needs zfec, which is not there. "
-            "Install it (pip install zfec), or choose parity or mirror."
+            "redundancy parity:M with M of 2 or more needs zfec, which is not there; "
+            "pip install 'shardkit[parity]', or choose parity or mirror."
         ) from None
     return zfec

@@ -1,15 +1,16 @@
 """From images of a snapshot to a live state on any mesh.
 
 Owns which image gives which piece, and the way of boxes from there to this process's
-devices. Invariant: no byte reaches a device before the checksum of its piece was found
-right, once; host memory holds one leaf's pieces and `limit_bytes` of what is on its
-way, no more. What a target takes from where is `transfer`'s decision; how an image is
-read, and whether it is whole, that of the images.
+devices. Invariants: no byte reaches a device before the checksum of its piece was found
+right, once; no piece is asked for that none of these devices wants; host memory holds
+`ahead_bytes` of pieces, or those of one leaf, and `limit_bytes` of what is on its way.
+What a target takes from where is `transfer`'s decision; how an image is read, and
+whether it is whole, that of the images.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +24,12 @@ from shardkit.layout import SHARD_AXIS, Box, Layout, LeafLayout
 from shardkit.places import Medium, Places
 from shardkit.snapshot.image import Image
 from shardkit.state_moves import laid_out, raw_leaf
-from shardkit.transfer import TransferPlan, plan_transfer
+from shardkit.transfer import Transfer, TransferPlan, plan_transfer
 
 __all__ = ["restore"]
 
 LIMIT_BYTES = 256 << 20
+AHEAD_BYTES = 64 << 20
 
 
 def restore(
@@ -37,6 +39,7 @@ def restore(
     *,
     host: str = "",
     limit_bytes: int = LIMIT_BYTES,
+    ahead_bytes: int = AHEAD_BYTES,
 ) -> Any:
     """Makes a state of the images of one step, on devices of any number.
 
@@ -46,6 +49,7 @@ def restore(
         mesh: Where it goes; of its devices, those of this process are filled.
         host: The host that this is; its own images are read first.
         limit_bytes: How much may be on its way to the devices at a time.
+        ahead_bytes: How much is asked for together, if its leaves are small.
 
     Returns:
         A tree like `layout`, of global arrays.
@@ -69,15 +73,18 @@ def restore(
     pieces = _Pieces(images, host)
     pieces.check(source)
     plan = plan_transfer([source], laid_out(raw, Places.of_mesh(mesh)))
+    targets = (_Target(bare, mesh, plan, source[bare.path]) for bare in raw)
     made, on_the_way, held = [], [], 0
-    for leaf, bare in zip(wanted, raw, strict=True):
-        array = _Target(bare, mesh, plan, source[bare.path]).fill(pieces)
+    for leaf, target in zip(
+        wanted, pieces.asked_for(targets, ahead_bytes), strict=True
+    ):
+        array = target.fill(pieces)
         held += sum(shard.data.nbytes for shard in array.addressable_shards)
         on_the_way.append(array)
         if held > limit_bytes:
             jax.block_until_ready(on_the_way)
             on_the_way, held = [], 0
-        made.append(_as_keys(array, leaf) if leaf is not bare else array)
+        made.append(_as_keys(array, leaf) if is_key_dtype(leaf.dtype) else array)
     # What was read is held until it is there.
     return jax.block_until_ready(treedef.unflatten(made))
 
@@ -149,6 +156,24 @@ class _Pieces:
                 "more redundancy."
             )
 
+    def asked_for(
+        self, targets: Iterable["_Target"], ahead_bytes: int
+    ) -> Iterator["_Target"]:
+        """Yields targets, of which the pieces were asked for, many at a time."""
+        group: list[_Target] = []
+        num_bytes = 0
+        for target in targets:
+            places = {self._found[target.leaf.path, box] for box in target.boxes}
+            size = sum(self._images[n].pieces[i].num_bytes for n, i in places)
+            if group and num_bytes + size > ahead_bytes:
+                yield from group
+                group, num_bytes = [], 0
+            for number, index in sorted(places):
+                self._images[number].ask(index)
+            group.append(target)
+            num_bytes += size
+        yield from group
+
     def read(self, path: str, box: Box) -> np.ndarray:
         """Returns a piece, verified; it is kept until `forget`."""
         where = self._found[path, box]
@@ -171,47 +196,60 @@ class _Pieces:
         self._read.clear()
 
 
-@dataclasses.dataclass(frozen=True)
 class _Target:
-    """One leaf on the new mesh."""
+    """One leaf on the new mesh.
 
-    leaf: LeafLayout
-    mesh: Mesh
-    plan: TransferPlan
-    source: Layout
+    Attributes:
+        leaf: The leaf.
+        boxes: The boxes of the pieces that the devices of this process want.
+    """
+
+    def __init__(
+        self, leaf: LeafLayout, mesh: Mesh, plan: TransferPlan, source: Layout
+    ) -> None:
+        self.leaf, self._source = leaf, source
+        self._layout = layout = plan.target[leaf.path]
+        self._sharding = leaf.sharding(mesh)
+        self._shape = leaf.physical_shape(mesh.shape[SHARD_AXIS])
+        self._devices = {
+            device: layout.box(device.id)
+            for device in self._sharding.addressable_devices_indices_map(self._shape)
+        }
+        # Devices that hold the same take it from the same pieces.
+        self._parts: dict[Box, tuple[int, list[Transfer]]] = {}
+        for device, box in self._devices.items():
+            if box not in self._parts:
+                self._parts[box] = device.id, plan.pieces(leaf.path, device.id)
+        self.boxes = {
+            source.box(transfer.source)
+            for _, transfers in self._parts.values()
+            for transfer in transfers
+        }
 
     def fill(self, pieces: _Pieces) -> Array:
         """Makes the global array, of which this process has its part."""
-        sharding = self.leaf.sharding(self.mesh)
-        shape = self.leaf.physical_shape(self.mesh.shape[SHARD_AXIS])
-        layout = self.plan.target[self.leaf.path]
-        filled: dict[Box, np.ndarray] = {}
-        shards = []
-        for device in sharding.addressable_devices_indices_map(shape):
-            box = layout.box(device.id)
-            if box not in filled:
-                filled[box] = self._shard(device.id, pieces)
+        filled = {box: self._shard(box, pieces) for box in self._parts}
+        shards = [
             # Memory of the device's own, which a step can use up.
-            shards.append(jax.device_put(filled[box], device, may_alias=False))
+            jax.device_put(filled[box], device, may_alias=False)
+            for device, box in self._devices.items()
+        ]
         pieces.forget()
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        return jax.make_array_from_single_device_arrays(
+            self._shape, self._sharding, shards
+        )
 
-    def _shard(self, device: int, pieces: _Pieces) -> np.ndarray:
-        """Puts a device's shard together; its padding is zero."""
-        layout = self.plan.target[self.leaf.path]
-        dtype = np.dtype(self.leaf.dtype)
-        whole = np.zeros(layout.piece_shape, dtype)
-        for box, part in self._parts(device, pieces):
+    def _shard(self, box: Box, pieces: _Pieces) -> np.ndarray:
+        """Puts a shard together; its padding is zero."""
+        whole = np.zeros(self._layout.piece_shape, np.dtype(self.leaf.dtype))
+        device, transfers = self._parts[box]
+        for transfer in transfers:
+            piece = pieces.read(self.leaf.path, self._source.box(transfer.source))
+            part = piece[self._source.slices(transfer.source, transfer.box)]
             # As bytes, since numpy need not know numbers to copy them.
             to, given = (_bits(x) for x in (whole, part))
-            to[layout.slices(device, box)] = given
+            to[self._layout.slices(device, transfer.box)] = given
         return whole
-
-    def _parts(self, device: int, pieces: _Pieces) -> Iterator[tuple[Box, np.ndarray]]:
-        for transfer in self.plan.pieces(self.leaf.path, device):
-            piece = pieces.read(self.leaf.path, self.source.box(transfer.source))
-            slices = self.source.slices(transfer.source, transfer.box)
-            yield transfer.box, piece[slices]
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

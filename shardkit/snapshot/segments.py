@@ -12,11 +12,13 @@ processes still use when the one that opened it ends.
 import contextlib
 import errno
 import fcntl
+import math
 import mmap
 import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -182,13 +184,17 @@ class Segments:
         return f"segment {name} of {self.host}"
 
 
-def reclaim(run: str | None = None, directory: Path | None = None) -> list[str]:
+def reclaim(
+    run: str | None = None, directory: Path | None = None, *, idle_s: float = 0.0
+) -> list[str]:
     """Removes what earlier processes left behind.
 
     Args:
         run: Whose segments to remove, of all its hosts on this machine; by default
             those of every run of which no process maps a segment any more.
         directory: Where to look; `default_directory()` by default.
+        idle_s: What is younger counts as mapped, unless it is of that one run: who has
+            just made it may not have come to that.
 
     Returns:
         The names of the files that are gone. Other users' are left alone.
@@ -196,7 +202,9 @@ def reclaim(run: str | None = None, directory: Path | None = None) -> list[str]:
     directory = directory or default_directory()
     found = [(path, owner) for path, owner, _, _ in _files(directory)]
     if run is None:
-        alive = {owner for path, owner in found if _is_mapped(path)}
+        alive = {
+            owner for path, owner in found if _is_mapped(path) or _age_s(path) < idle_s
+        }
         found = [(path, owner) for path, owner in found if owner not in alive]
     else:
         found = [(path, owner) for path, owner in found if owner == run]
@@ -279,6 +287,13 @@ def _files(directory: Path) -> Iterator[tuple[Path, str, str, str]]:
                 found = path.lstat()
                 if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
                     yield path, match[1], match[2], match[3]
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _is_mapped(path: Path) -> bool:

@@ -16,6 +16,7 @@ import dataclasses
 import math
 import threading
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -31,10 +32,13 @@ from shardkit.errors import (
     TornError,
 )
 from shardkit.events import EventLog
+from shardkit.mesh import mesh_sizes
+from shardkit.metrics import StepMetrics
 from shardkit.snapshot.config import SnapshotConfig
 from shardkit.snapshot.image import ImageWriter
 from shardkit.snapshot.kept import image_layout
-from shardkit.snapshot.layout import ImageLayout
+from shardkit.snapshot.layout import META_ROOM_BYTES, ImageLayout
+from shardkit.snapshot.recent import RecentSteps
 from shardkit.snapshot.restore import restore
 from shardkit.snapshot.store import HostMemory, Store
 from shardkit.staging import Staging
@@ -63,6 +67,7 @@ class _Job:
         staging: How it is copied.
         copy: The program that does.
         state: Until it is copied.
+        meta: Makes what its image says of the steps before it.
         is_staged: Set when it is, or cannot be.
         computed_s: When the state was seen to be computed; only where that is waited
             for.
@@ -74,6 +79,7 @@ class _Job:
     staging: Staging
     copy: Any
     state: Any
+    meta: Callable[[], dict[str, Any]]
     is_staged: threading.Event = dataclasses.field(default_factory=threading.Event)
     computed_s: float = math.inf
     held_s: float = math.inf
@@ -123,11 +129,30 @@ class Snapshots:
         self._thread = ThreadPoolExecutor(1, initializer=_name_thread)
         self._jobs: list[tuple[_Job, Future[None]]] = []
         self._plans: dict[Staging, _Plan] = {}
+        self._recent = RecentSteps(META_ROOM_BYTES)
         self._kept: int | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether the state before a step is to be taken."""
         return self.every > 0 and step % self.every == 0
+
+    def note(self, step: int, mesh: Mesh, values: Mapping[str, Array]) -> None:
+        """Notes a step that was dispatched, for the images of the states after it.
+
+        Args:
+            step: Which.
+            mesh: Where it runs.
+            values: What is measured, still on its devices.
+        """
+        if self.every:
+            metrics = StepMetrics(
+                step=step,
+                num_devices=mesh.size,
+                mesh=mesh_sizes(mesh),
+                values=values,
+                step_s=None,
+            )
+            self._recent.add(metrics)
 
     def take(self, step: int, staging: Staging, copy: Any, state: Any) -> None:
         """Starts a snapshot of a state; `hold` must come before that is used up.
@@ -138,7 +163,7 @@ class Snapshots:
             copy: The program that does, compiled: state → copies.
             state: Where it is; it may still be computed.
         """
-        job = _Job(step, staging, copy, state)
+        job = _Job(step, staging, copy, state, self._recent.before(step))
         self._jobs.append((job, self._thread.submit(self._keep, job)))
 
     def hold(self) -> None:
@@ -166,7 +191,7 @@ class Snapshots:
             start_s = time.monotonic()
             plan = self._plan(job.staging)
             slot = self._store.reserve(plan.image.num_bytes)
-            self._write(slot.memory, job.step, plan, staged)
+            self._write(slot.memory, job, plan, staged)
         finally:
             for array in staged:
                 array.delete()
@@ -182,16 +207,16 @@ class Snapshots:
         )
 
     def _write(
-        self, memory: memoryview, step: int, plan: _Plan, staged: list[Array]
+        self, memory: memoryview, job: _Job, plan: _Plan, staged: list[Array]
     ) -> None:
-        generation = self._store.generation
+        step, generation = job.step, self._store.generation
         writer = ImageWriter(memory, plan.image, step=step, generation=generation)
         self._events.begin("snapshot", step=step)
         for index, words in plan.staging.read(staged, plan.kept):
             target = writer.view(index)
             target.view(words.dtype)[...] = words
             writer.put_done(index)
-        writer.commit({})
+        writer.commit(job.meta())
 
     def _plan(self, staging: Staging) -> _Plan:
         if staging not in self._plans:
@@ -267,7 +292,9 @@ class Snapshots:
         for tried in [step] if step is not None else self._store.steps()[::-1]:
             try:
                 images = self._store.images(tried)
-                return tried, restore(images, layout, mesh, host=here)
+                state = restore(images, layout, mesh, host=here)
+                self._recent.learn(images[0].meta)
+                return tried, state
             except (TornError, DamagedError, LostStateError) as error:
                 if is_certain:
                     raise
@@ -279,9 +306,22 @@ class Snapshots:
             "checkpoint."
         )
 
+    def go_on(self, layout: Any, mesh: Mesh) -> tuple[int, Any]:
+        """Makes the state that earlier processes left, and tells what they did last.
+
+        Args:
+            layout: As in `load`, like what is returned and raised.
+            mesh: Where the state goes.
+        """
+        with self._events.phase("restore", step=self.newest_step):
+            step, state = self.load(layout, mesh)
+        self._events.emit("last_steps", step=step, **self._recent.before(step)())
+        return step, state
+
     def forget(self) -> None:
         """Drops all snapshots, since the run goes on from elsewhere."""
         self.wait()
+        self._recent.clear()
         self._store.forget()
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from workers import images
 from shardkit.cluster import join
 
 SIZE = 64
+HALT_S = 30
 MASK = (1 << 64) - 1
 
 
@@ -140,6 +141,7 @@ def main():
         num_devices=assignment.num_devices,
         offset=assignment.device_offset,
         local=assignment.num_local_devices,
+        silence_s=member.deadlines.silence_s,
     )
     member.progress(-1, "restore")
     step, state = restore(member, out)
@@ -153,7 +155,7 @@ def main():
                     save(out, step, state)
                 member.halted(step)
                 sys.exit(75)
-            member.wait_protected(step)
+            member.wait_protected(step, HALT_S)
             member.halted(step)
             sys.exit(0)
         misbehave(options, assignment, step)
@@ -166,7 +168,7 @@ def main():
         member.commit(slot, step)
         if options.get("times"):
             since_s = time.monotonic()
-            member.wait_protected(step)
+            assert member.wait_protected(step, HALT_S)
             note(out, what="protected", step=step, s=time.monotonic() - since_s)
         member.progress(step, "step", loss=1.0 / step)
         if assignment.process_index == 0:

@@ -8,10 +8,11 @@ import os
 
 import numpy as np
 
+from shardkit.cluster.remote_images import open_images
 from shardkit.errors import DamagedError, TornError
 from shardkit.snapshot.assignment import Claim, assign
 from shardkit.snapshot.groups import Redundancy
-from shardkit.snapshot.image import ImageWriter, read_image
+from shardkit.snapshot.image import ImageWriter
 from shardkit.snapshot.layout import ImageLayout, MeshRecord, SnapshotLeaf
 
 
@@ -83,9 +84,11 @@ def restore(member):
     """Returns the state of the snapshot that a member goes on from."""
     resume = member.assignment.resume
     state = done = None
-    for ref in resume.images:
-        where = f"the image of process {ref.process} on {ref.host}"
-        image = read_image(member.fetch(ref, 0, ref.num_bytes), where)
+    opened = open_images(member, resume.images)
+    for image in opened:
+        for index in range(len(image.pieces)):
+            image.ask(index)
+    for ref, image in zip(resume.images, opened, strict=True):
         assert image.head.step == resume.step
         if state is None:
             size = image.layout.leaves[0].shape[0]
@@ -104,4 +107,5 @@ def restore(member):
                 expected = ballast_of(resume.step, ref.process, data.size)
                 assert np.array_equal(data, expected)
     assert done.all()
+    member.restored()
     return state.tolist()

@@ -3,9 +3,11 @@
 python snapshotting.py PORT PROCESS_ID NUM_PROCESSES DIRECTORY
 
 Every image is a file in the directory, which stands for memory that outlives the
-process. Process 0 prints what it saw as JSON.
+process; what is read of those of others is counted. Process 0 prints what it saw as
+JSON, each writes how many bytes it fetched in every restore, and of which images.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -26,7 +28,10 @@ def main(port, process_id, num_processes, directory):
     from problems import PROBLEMS, fields_of
 
     import shardkit as sk
-    from shardkit.snapshot.image import read_image
+    from shardkit.cluster import ImageRef, remote_images
+
+    # Else all of it would be fetched with what says what is in it.
+    remote_images._FIRST_BYTES, remote_images._GAP_BYTES = 256, 64
 
     class Files:
         """Two newest steps as files; committed when those of all processes are."""
@@ -34,7 +39,7 @@ def main(port, process_id, num_processes, directory):
         run, generation, num_losses = "files", 0, 0
 
         def __init__(self):
-            self._steps = []
+            self._steps, self.fetched = [], []
 
         def host(self, process):
             return f"host-{process}"
@@ -61,8 +66,30 @@ def main(port, process_id, num_processes, directory):
             return list(self._steps)
 
         def images(self, step):
-            paths = sorted(Path(directory).glob(f"{step}-*.image"))
-            return [read_image(path.read_bytes(), path.name) for path in paths]
+            refs = []
+            for process in range(int(num_processes)):
+                path, host = self._path(step, process), self.host(process)
+                place = {"host": host, "address": "", "name": path.name}
+                size = path.stat().st_size
+                refs.append(ImageRef(**place, process=process, num_bytes=size))
+            self.fetched.append({})
+            found = remote_images.open_images(self, refs)
+            # What was fetched until now says what is in them.
+            self.fetched[-1].clear()
+            return found
+
+        @property
+        def assignment(self):
+            return argparse.Namespace(host=self.host(int(process_id)))
+
+        def fetch_all(self, spans):
+            found, counts = [], self.fetched[-1]
+            for ref, start, size in spans:
+                data = (Path(directory) / ref.name).read_bytes()[start : start + size]
+                found.append(memoryview(data))
+                if ref.process != int(process_id):
+                    counts[ref.name] = counts.get(ref.name, 0) + size
+            return found
 
         def forget(self, step=None):
             self._steps = [] if step is None else [s for s in self._steps if s != step]
@@ -71,12 +98,12 @@ def main(port, process_id, num_processes, directory):
         def __init__(self, num_bytes):
             self.memory = memoryview(bytearray(num_bytes))
 
-    events = []
+    events, store = [], Files()
     log = sk.EventLog()
     log.subscribe(events.append)
     trainer = sk.Trainer(
         **PROBLEMS["linear-clip-adam-ema"]() | {"mesh": sk.MeshSpec(data=1, fsdp=-1)},
-        snapshot=sk.SnapshotConfig(store=Files()),
+        snapshot=sk.SnapshotConfig(store=store),
         certify="always",
         events=log,
     )
@@ -89,6 +116,8 @@ def main(port, process_id, num_processes, directory):
         "rewinds": fields_of(events, "rewind"),
     }
     trainer.close()
+    counts = json.dumps(store.fetched)
+    (Path(directory) / f"fetched-{process_id}.json").write_text(counts)
     if int(process_id) == 0:
         print(json.dumps(found))
 
