@@ -56,7 +56,7 @@ def orbax_process(directory, programs, port, index, arguments):
     import jax
     import orbax.checkpoint as ocp
 
-    from shardkit.placement import put
+    from shardkit.put import put
 
     for name, value in {
         "jax_num_cpu_devices": NUM_DEVICES // NUM_PROCESSES,

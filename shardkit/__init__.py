@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from shardkit.metrics import StepMetrics as StepMetrics
     from shardkit.model import LossOutput as LossOutput
     from shardkit.model import Model as Model
+    from shardkit.model_state import Variables as Variables
     from shardkit.program import Program as Program
     from shardkit.program_cache import use_program_cache as use_program_cache
     from shardkit.recipe import LossScale as LossScale
@@ -62,6 +63,7 @@ _HOMES = {
     "mesh": "MeshSpec",
     "metrics": "StepMetrics",
     "model": "LossOutput Model",
+    "model_state": "Variables",
     "program": "Program",
     "program_cache": "use_program_cache",
     "recipe": "LossScale",

@@ -204,6 +204,7 @@ def build_trainer(
     import jax
 
     import shardkit as sk
+    from shardkit.model_state import split_variables
     from shardkit.optim import build_optimizer
 
     train, valid, digest = build_batches(config)
@@ -217,7 +218,8 @@ def build_trainer(
         )
     if snapshot is None and config.snapshot.every:
         snapshot = sk.SnapshotConfig(every=config.snapshot.every)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    params, _ = split_variables(made)
     rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
         init=model.init,
@@ -226,6 +228,7 @@ def build_trainer(
         tx=build_optimizer(config.optimizer, params),
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
+        combine=model.combine,
         axis_rules={**model.axis_rules, **rules},
         num_microbatches=config.data.num_microbatches,
         seed=config.train.seed,

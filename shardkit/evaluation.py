@@ -63,13 +63,12 @@ def evaluate(
     Raises:
         NonFiniteError: If there is nothing to divide by.
     """
-    params = state.params if state.ema is None else state.ema
     num = placement.recipe.num_microbatches
     totals: dict[str, float] = {}
     for index in range(config.num_batches):
         batch = data(index)
         check_batch(batch, num_microbatches=num, where=f"eval data({index})")
-        for name, value in placement.evaluate(params, batch, step, index).items():
+        for name, value in placement.evaluate(state, batch, step, index).items():
             totals[name] = totals.get(name, 0.0) + float(value)
     weight = totals.pop("weight")
     if weight == 0:

@@ -27,12 +27,16 @@ from shardkit.keys import step_key
 from shardkit.layout import state_shards
 from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
-from shardkit.model import LossOutput, as_loss_output
+from shardkit.model import LossOutput, call_loss
+from shardkit.model_state import Combiner
 from shardkit.rounding import opaque_zero, unfused
 
 __all__ = ["MicrobatchLoop"]
 
 LOSS_STREAM = "loss"
+
+Kept = tuple[Array, list[Array]]
+"""What microbatches return beside gradients: rows of sums, and the model's states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +47,31 @@ class MicrobatchLoop:
     per leaf, `root` is the run's root key and `step` the step, for the random keys.
 
     Attributes:
-        loss: `(params, microbatch, key) → scalar or LossOutput`.
-        output: The tree structure of that `LossOutput`.
+        loss: `(params, microbatch, key) → scalar or LossOutput`; with the model's state
+            after the parameters if it has one.
+        output: The tree structure of that `LossOutput`, without a state.
         mesh: The mesh whose batch axes share the work.
         grid: How they share it.
         exact: Whether sums keep their bits on every mesh.
+        combiner: How the model's states that microbatches leave become one.
     """
 
-    loss: Callable[[Any, Any, Any], Any]
+    loss: Callable[..., Any]
     output: Any
     mesh: Mesh
     grid: Grid
     exact: bool = True
+    combiner: Combiner = dataclasses.field(default_factory=Combiner)
 
-    def evaluate(self, params: Any, slots: Any, root: Array, step: Array) -> LossOutput:
+    def evaluate(
+        self, params: Any, model_state: Any, slots: Any, root: Array, step: Array
+    ) -> LossOutput:
         """Sums loss, weight and metrics over the global batch."""
         start, count = self._bounds()
 
         def body(i: Array, rows: Array) -> Array:
             key = step_key(root, LOSS_STREAM, step, start + i)
-            out = as_loss_output(self.loss(params, _at(slots, i), key))
+            out, _ = call_loss(self.loss, params, model_state, _at(slots, i), key)
             return _put(rows, out, start + i)
 
         return self._sum_rows(lax.fori_loop(0, count, body, self._empty_rows()))
@@ -70,6 +79,7 @@ class MicrobatchLoop:
     def gradient(
         self,
         params: Any,
+        model_state: Any,
         slots: Any,
         root: Array,
         step: Array,
@@ -77,11 +87,12 @@ class MicrobatchLoop:
         *,
         grad_exponent: Any = None,
         loss_scale: Array | None = None,
-    ) -> tuple[LossOutput, Any, Any, Array]:
+    ) -> tuple[LossOutput, Any, Any, Any, Array]:
         """Sums loss, weight, metrics and gradient over the global batch.
 
         Args:
             params: The whole parameters.
+            model_state: The whole state of the model, or None.
             slots: This device's microbatches.
             root: The run's root key.
             step: The step.
@@ -90,36 +101,44 @@ class MicrobatchLoop:
             loss_scale: Multiplies the loss, divides the gradient.
 
         Returns:
-            The sums; Σ grad(loss_sum) / Σ weight in pieces; the grids for the next
-            step; and how many passes over the microbatches it took: two if a
-            gradient outgrew its grid.
+            The sums; the next state of the model; Σ grad(loss_sum) / Σ weight in
+            pieces; the grids for the next step; and how many passes over the
+            microbatches it took: two if a gradient outgrew its grid.
         """
         start, _ = self._bounds()
         scale = jnp.float32(1) if loss_scale is None else loss_scale
+        before, state_tree = jax.tree.flatten(model_state)
 
-        def value_and_grad(i: Array) -> tuple[LossOutput, list[Array]]:
+        def value_and_grad(i: Array, kept: Kept) -> tuple[Kept, list[Array]]:
             key = step_key(root, LOSS_STREAM, step, start + i)
 
-            def scaled(p: Any) -> tuple[Array, LossOutput]:
-                out = as_loss_output(self.loss(p, _at(slots, i), key))
-                return out.loss_sum * scale, out
+            def scaled(p: Any) -> tuple[Array, Any]:
+                found = call_loss(self.loss, p, model_state, _at(slots, i), key)
+                return found[0].loss_sum * scale, found
 
-            grads, out = jax.grad(scaled, has_aux=True)(params)
-            grads = jax.tree.leaves(grads)
-            # Fused with what sums it, a gradient's bits could follow that sum's shape.
-            return (
-                lax.optimization_barrier((out, grads)) if self.exact else (out, grads)
-            )
+            grads, (out, left) = jax.grad(scaled, has_aux=True)(params)
+            found = out, jax.tree.leaves(left), jax.tree.leaves(grads)
+            if self.exact:
+                # Fused with what sums it, a gradient's bits could follow that sum's
+                # shape.
+                found = lax.optimization_barrier(found)
+            out, left, grads = found
+            rows, states = kept
+            states = self.combiner.put(states, before, left, start + i)
+            return (_put(rows, out, start + i), states), grads
 
         leaves, treedef = jax.tree.flatten(params)
+        empty = self._empty_rows(), self.combiner.empty(before)
         if self.exact:
             exponents = jnp.stack(jax.tree.leaves(grad_exponent))
-            rows, sums, exponents, passes = self._exact_pass(
-                value_and_grad, leaves, jax.tree.leaves(dims), exponents
+            (rows, states), sums, exponents, passes = self._exact_pass(
+                value_and_grad, leaves, jax.tree.leaves(dims), exponents, empty
             )
             grad_exponent = treedef.unflatten(list(exponents))
         else:
-            rows, sums = self._fast_pass(value_and_grad, leaves, jax.tree.leaves(dims))
+            (rows, states), sums = self._fast_pass(
+                value_and_grad, leaves, jax.tree.leaves(dims), empty
+            )
             passes = jnp.int32(1)
         out = self._sum_rows(rows)
         # One after the other, as their product can leave the range of a float.
@@ -133,22 +152,25 @@ class MicrobatchLoop:
         for factor in factors:
             sums = [unfused(g * factor, zero) for g in sums]
         grads = [g.astype(p.dtype) for g, p in zip(sums, leaves, strict=True)]
-        return out, treedef.unflatten(grads), grad_exponent, passes
+        states = self.combiner.finish(states, before, self._add_whole, zero)
+        after, grads = state_tree.unflatten(states), treedef.unflatten(grads)
+        return out, after, grads, grad_exponent, passes
 
     def _exact_pass(
         self,
-        value_and_grad: Callable[[Array], tuple[LossOutput, list[Array]]],
+        value_and_grad: Callable[[Array, Kept], tuple[Kept, list[Array]]],
         leaves: list[Array],
         dims: list[int],
         exponents: Array,
-    ) -> tuple[Array, list[Array], Array, Array]:
+        kept: Kept,
+    ) -> tuple[Kept, list[Array], Array, Array]:
         """Sums on integer grids, again on wider ones if a gradient outgrew its own."""
-        start, count = self._bounds()
+        _, count = self._bounds()
         accumulator = Accumulator(self.grid.num_microbatches)
         empty = (
             [accumulator.zeros(leaf.shape) for leaf in leaves],
             jnp.zeros(len(leaves), jnp.int32),
-            self._empty_rows(),
+            kept,
         )
 
         def outgrown(carry: Any) -> Array:
@@ -161,19 +183,19 @@ class MicrobatchLoop:
             exponents = jnp.where(passes == 0, exponents, wider)
 
             def body(i: Array, carry: Any) -> Any:
-                limbs, peaks, rows = carry
-                out, grads = value_and_grad(i)
+                limbs, peaks, kept = carry
+                kept, grads = value_and_grad(i, kept)
                 limbs = [
                     accumulator.add(sums, grad, exponents[n])
                     for n, (sums, grad) in enumerate(zip(limbs, grads, strict=True))
                 ]
                 peaks = jnp.maximum(peaks, jnp.stack([peak_bits(g) for g in grads]))
-                return limbs, peaks, _put(rows, out, start + i)
+                return limbs, peaks, kept
 
-            limbs, peaks, rows = lax.fori_loop(0, count, body, empty)
-            return (limbs, lax.pmax(peaks, BATCH_AXES), rows), exponents, passes + 1
+            limbs, peaks, kept = lax.fori_loop(0, count, body, empty)
+            return (limbs, lax.pmax(peaks, BATCH_AXES), kept), exponents, passes + 1
 
-        (limbs, peaks, rows), exponents, passes = lax.while_loop(
+        (limbs, peaks, kept), exponents, passes = lax.while_loop(
             outgrown, one_pass, (empty, exponents, jnp.int32(0))
         )
         num = len(leaves)
@@ -187,25 +209,26 @@ class MicrobatchLoop:
             )
             for n in range(num)
         ]
-        return rows, sums, next_exponent(exponents, peaks)[0], passes
+        return kept, sums, next_exponent(exponents, peaks)[0], passes
 
     def _fast_pass(
         self,
-        value_and_grad: Callable[[Array], tuple[LossOutput, list[Array]]],
+        value_and_grad: Callable[[Array, Kept], tuple[Kept, list[Array]]],
         leaves: list[Array],
         dims: list[int],
-    ) -> tuple[Array, list[Array]]:
-        start, count = self._bounds()
+        kept: Kept,
+    ) -> tuple[Kept, list[Array]]:
+        _, count = self._bounds()
 
         def body(i: Array, carry: Any) -> Any:
-            sums, rows = carry
-            out, grads = value_and_grad(i)
+            sums, kept = carry
+            kept, grads = value_and_grad(i, kept)
             sums = [s + g for s, g in zip(sums, grads, strict=True)]
-            return sums, _put(rows, out, start + i)
+            return sums, kept
 
         empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
-        sums, rows = lax.fori_loop(0, count, body, (empty, self._empty_rows()))
-        return rows, self._add_over_devices(sums, dims)
+        sums, kept = lax.fori_loop(0, count, body, (empty, kept))
+        return kept, self._add_over_devices(sums, dims)
 
     def _bounds(self) -> tuple[Array, Array]:
         """This device's first microbatch, and how many it computes."""
@@ -215,6 +238,9 @@ class MicrobatchLoop:
 
     def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
         return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")
+
+    def _add_whole(self, arrays: list[Array]) -> list[Array]:
+        return self._add_over_devices(arrays, [-1] * len(arrays))
 
     def _empty_rows(self) -> Array:
         shape = self.output.num_leaves, self.grid.num_microbatches

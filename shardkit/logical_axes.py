@@ -12,7 +12,6 @@ References:
 
 import dataclasses
 import difflib
-import fnmatch
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardkit.errors import PartitionError
 from shardkit.mesh import MESH_AXES
-from shardkit.tree import format_table, named_leaves
+from shardkit.tree import format_table, match_path, named_leaves
 
 __all__ = [
     "Annotated",
@@ -132,7 +131,7 @@ def leaf_axes(
         names = _annotation(leaf)
         for array in jax.tree.leaves(strip(leaf)):
             if names is None:
-                names = _match(path, path_rules or {})
+                names = match_path(path, path_rules or {})
             if names is not None and len(names) != np.ndim(array):
                 bad.append((path, f"shape {np.shape(array)}", f"axes {names}"))
             found.append(names)
@@ -153,24 +152,6 @@ def _annotation(leaf: Any) -> tuple[str | None, ...] | None:
             if isinstance(value, tuple | list | PartitionSpec):
                 return tuple(value)
     return None
-
-
-def _match(
-    path: str, path_rules: Mapping[str, tuple[str | None, ...]]
-) -> tuple[str | None, ...] | None:
-    for pattern, names in path_rules.items():
-        if any(fnmatch.fnmatchcase(path, glob) for glob in _spellings(pattern)):
-            return names
-    return None
-
-
-def _spellings(pattern: str) -> list[str]:
-    """Spells a glob out for `fnmatch`, to which `**/` is never nothing."""
-    head, found, tail = f"/{pattern}".partition("/**/")
-    if not found:
-        return [pattern]
-    between = ("/**/", "/")
-    return [f"{head}{text}{rest}"[1:] for rest in _spellings(tail) for text in between]
 
 
 def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> list[str]:

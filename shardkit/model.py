@@ -13,7 +13,7 @@ from jax import Array
 
 from shardkit.errors import PartitionError
 
-__all__ = ["LossOutput", "Model", "as_loss_output"]
+__all__ = ["LossOutput", "Model", "call_loss"]
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +28,13 @@ class LossOutput:
         loss_sum: Sum of the losses of what is counted (tokens, say); a scalar.
         weight: How much is counted; a scalar. A scalar loss has weight 1.
         metrics: Named scalars, sums like `loss_sum`.
+        state: What the model carries on, if `init` returned `Variables`; else None.
     """
 
     loss_sum: Array
     weight: Array
     metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
+    state: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,21 +42,43 @@ class Model:
     """What a model factory, such as `models.gpt:build`, returns.
 
     Attributes:
-        init: `key → params`, annotated with logical axes.
+        init: `key → params`, annotated with logical axes; or `key → Variables`.
         loss: `(params, microbatch, key) → scalar or LossOutput`, ordinary
-            single-device code.
+            single-device code; for `Variables` `(params, state, microbatch, key) →
+            LossOutput`, with the next state in it.
         eval_loss: Like `loss`, without dropout; None to evaluate with `loss`.
         axis_rules: Logical axis → mesh axis, unless the user says otherwise.
+        combine: Glob over paths of the state → how what microbatches leave there
+            becomes one: see `Trainer`.
     """
 
     init: Callable[[Any], Any]
-    loss: Callable[[Any, Any, Any], Any]
-    eval_loss: Callable[[Any, Any, Any], Any] | None = None
+    loss: Callable[..., Any]
+    eval_loss: Callable[..., Any] | None = None
     axis_rules: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def as_loss_output(value: Any) -> LossOutput:
-    """Turns what a loss returned into float32 sums.
+def call_loss(
+    loss: Callable[..., Any], params: Any, state: Any, microbatch: Any, key: Any
+) -> tuple[LossOutput, Any]:
+    """Computes a loss, of a model with a state or without.
+
+    Returns:
+        Float32 sums without a state, and the state that it leaves.
+
+    Raises:
+        PartitionError: If it returns neither a scalar nor a `LossOutput`.
+    """
+    if state is None:
+        out = _as_loss_output(loss(params, microbatch, key))
+    else:
+        out = _as_loss_output(loss(params, state, microbatch, key))
+    return dataclasses.replace(out, state=None), out.state
+
+
+def _as_loss_output(value: Any) -> LossOutput:
+    """Turns what a loss returned into float32 sums; its state stays as it is.
 
     Raises:
         PartitionError: If it is neither a scalar nor a `LossOutput`.
@@ -67,4 +91,6 @@ def as_loss_output(value: Any) -> LossOutput:
                 "measured as metrics."
             )
         value = LossOutput(value, jnp.float32(1))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), value)
+    sums = dataclasses.replace(value, state=None)
+    sums = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
+    return dataclasses.replace(sums, state=value.state)

@@ -21,20 +21,22 @@ from shardkit.collectives import gather_pieces
 from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
 from shardkit.gradient import MicrobatchLoop
-from shardkit.keys import is_key_dtype, root_key, stream
+from shardkit.keys import root_key, stream
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES, MESH_AXES
 from shardkit.microbatch import Grid
+from shardkit.model_state import Combiner
 from shardkit.program import Program, in_this_context
 from shardkit.program_report import ProgramReport, report_program
-from shardkit.recipe import Recipe
+from shardkit.put import put
+from shardkit.recipe import Recipe, update_arguments
 from shardkit.rounding import opaque_zero
 from shardkit.staging import Staging
 from shardkit.state import TrainState
 from shardkit.waits import Waiter
 
-__all__ = ["Placement", "put"]
+__all__ = ["Placement"]
 
 _ALL = PartitionSpec(MESH_AXES)
 
@@ -63,7 +65,7 @@ class Placement:
         layout: Any,
         mesh: Mesh,
         batch: Any,
-        outputs: tuple[Any, Any],
+        outputs: tuple[Any, Any, Combiner],
         events: EventLog,
         waiter: Waiter,
         *,
@@ -81,7 +83,7 @@ class Placement:
         self._dims = jax.tree.map(lambda leaf: leaf.dim, layout)
         self._abstract = jax.tree.map(lambda leaf: leaf.abstract, layout)
         self._slots = jax.tree.map(self._abstract_slots, batch)
-        self._output, self._eval_output = outputs
+        self._output, self._eval_output, self._combiner = outputs
         make = functools.partial(Program, exact=recipe.exact, events=events)
         state_specs = jax.tree.map(lambda leaf: leaf.spec, layout)
         whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
@@ -97,7 +99,10 @@ class Placement:
             "evaluate": make(
                 self._spmd(
                     self._evaluate,
-                    (state_specs.params, slots, whole, whole, whole),
+                    (
+                        (state_specs.params, state_specs.model_state),
+                        *(slots, whole, whole, whole),
+                    ),
                     whole,
                 ),
                 name="evaluate",
@@ -199,12 +204,12 @@ class Placement:
         return state, self._slots, self.root
 
     def _eval_args(self, batch: Any) -> tuple[Any, ...]:
-        layout = self.layout.params if self.layout.ema is None else self.layout.ema
-        params = jax.tree.map(lambda leaf: leaf.physical(self.mesh), layout)
+        layout = evaluated(self.layout)
+        variables = jax.tree.map(lambda leaf: leaf.physical(self.mesh), layout)
         whole = NamedSharding(self.mesh, PartitionSpec())
         number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
         slots = jax.tree.map(self._abstract_slots, batch)
-        return params, slots, self.root, number, number
+        return variables, slots, self.root, number, number
 
     def step(
         self, state: TrainState, batch: Any, hold: Callable[[], None] = lambda: None
@@ -232,12 +237,12 @@ class Placement:
         return out
 
     def evaluate(
-        self, params: Any, batch: Any, step: int, index: int
+        self, state: TrainState, batch: Any, step: int, index: int
     ) -> dict[str, Array]:
         """Computes loss, weight and metric sums of one batch, without a gradient.
 
         Args:
-            params: On this mesh; their moving average if there is one.
+            state: On this mesh; the average of its parameters counts if there is one.
             batch: A global batch, in host memory.
             step: The step, and …
             index: … the number of the batch, for the keys of a loss that draws.
@@ -247,7 +252,8 @@ class Placement:
         # As for digests: what a step returns need not be found as it is.
         args = self._eval_args(jax.tree.map(np.asarray, batch))
         executable = self._ready(self.programs["evaluate"], *args)
-        return executable(params, self.place_batch(batch), self.root, *numbers)
+        slots = self.place_batch(batch)
+        return executable(evaluated(state), slots, self.root, *numbers)
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
@@ -318,11 +324,16 @@ class Placement:
         )
 
     def _loop(self, loss: Callable[..., Any], output: Any) -> MicrobatchLoop:
-        return MicrobatchLoop(loss, output, self.mesh, self.grid, self.recipe.exact)
+        return MicrobatchLoop(
+            loss, output, self.mesh, self.grid, self.recipe.exact, self._combiner
+        )
 
-    def _gather(self, params: Any) -> Any:
-        arrays, treedef = jax.tree.flatten(params)
-        leaves: list[LeafLayout] = jax.tree.leaves(self.layout.params)
+    def _gather(self, variables: Any) -> Any:
+        """Makes parameters, and the model's state, whole."""
+        arrays, treedef = jax.tree.flatten(variables)
+        leaves: list[LeafLayout] = jax.tree.leaves(
+            (self.layout.params, self.layout.model_state)
+        )
         cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
         dims = [leaves[i].dim for i in cut]
         sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
@@ -344,8 +355,10 @@ class Placement:
         self, state: TrainState, slots: Any, root: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
         loop = self._loop(self.recipe.loss, self._output)
-        out, grads, grad_exponent, passes = loop.gradient(
-            self._gather(state.params),
+        params, model_state = self._gather((state.params, state.model_state))
+        out, model_state, grads, grad_exponent, passes = loop.gradient(
+            params,
+            model_state,
             slots,
             root,
             state.step,
@@ -353,13 +366,12 @@ class Placement:
             grad_exponent=state.grad_exponent,
             loss_scale=state.loss_scale and state.loss_scale[0],
         )
-        abstract, dims = self._abstract, self._dims
         localizer = Localizer(self._shards, opaque_zero(state.step))
         (state, metrics), (new_dims, _) = localizer(
             self.recipe.update,
-            (state, grads, grad_exponent),
-            (dims, dims.params, dims.grad_exponent),
-            (abstract, abstract.params, abstract.grad_exponent),
+            (state, grads, grad_exponent, model_state),
+            update_arguments(self._dims, lambda _: -1),
+            update_arguments(self._abstract, lambda x: x),
         )
         state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
         metrics |= {name: x / out.weight for name, x in out.metrics.items()}
@@ -370,21 +382,18 @@ class Placement:
         }
 
     def _evaluate(
-        self, params: Any, slots: Any, root: PRNGKeyArray, step: Array, index: Array
+        self, variables: Any, slots: Any, root: PRNGKeyArray, step: Array, index: Array
     ) -> dict[str, Array]:
         root = jax.random.fold_in(stream(root, "evaluation"), index)
         loss = self.recipe.eval_loss or self.recipe.loss
+        params, model_state = self._gather(variables)
         out = self._loop(loss, self._eval_output).evaluate(
-            self._gather(params), slots, root, step
+            params, model_state, slots, root, step
         )
         return {"loss": out.loss_sum, "weight": out.weight, **out.metrics}
 
 
-def put(x: Any, sharding: NamedSharding) -> Array:
-    """Places a value that every process has on a mesh."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    if is_key_dtype(jnp.asarray(x).dtype):
-        data = put(np.asarray(jax.random.key_data(x)), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    return jax.make_array_from_callback(np.shape(x), sharding, lambda i: x[i])
+def evaluated(state: Any) -> tuple[Any, Any]:
+    """What of a state, or of a tree like one, a loss is evaluated with."""
+    params = state.params if state.ema is None else state.ema
+    return params, state.model_state

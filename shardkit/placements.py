@@ -102,8 +102,10 @@ class Placements:
         self._layout, self._spec = layout, spec
         self._batch, self._events, self._waiter = batch, events, waiter
         self._eval_batch = None if eval_batch is batch else eval_batch
-        params = jax.tree.map(lambda leaf: leaf.abstract, layout.params)
-        self._outputs = recipe.output_structure(params, batch, eval_batch)
+        params, model_state = jax.tree.map(
+            lambda leaf: leaf.abstract, (layout.params, layout.model_state)
+        )
+        self._outputs = recipe.output_structure(params, model_state, batch, eval_batch)
         self._certifies, self._stages = certifies, stages
         self._speeds = speeds or {}
         self._known: dict[Any, Placement] = {}

@@ -6,6 +6,8 @@ whole arrays; `placement` carries it out on pieces.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,12 +24,13 @@ from shardkit.keys import stream
 from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
-from shardkit.model import LossOutput, as_loss_output
+from shardkit.model import call_loss
+from shardkit.model_state import Combiner, check_state, split_variables
 from shardkit.shards import Shards
 from shardkit.state import TrainState, make_layout
 from shardkit.tree import format_table, named_leaves
 
-__all__ = ["LossScale", "Recipe"]
+__all__ = ["LossScale", "Recipe", "update_arguments"]
 
 _MAX_ROUNDS = 8
 # Zero gradients are finite at any scale, which must not grow until nothing else is.
@@ -77,8 +80,9 @@ class Recipe:
     """What a run computes.
 
     Attributes:
-        init: `key → params`, annotated or not.
-        loss: `(params, microbatch, key) → scalar or LossOutput`.
+        init: `key → params` or `key → Variables`, annotated or not.
+        loss: `(params, microbatch, key) → scalar or LossOutput`; with the model's state
+            after the parameters if it has one.
         tx: Any optax transformation.
         num_microbatches: Into how many equal parts the global batch is cut.
         seed: The seed of everything random.
@@ -86,17 +90,19 @@ class Recipe:
         exact: Whether the device count may leave no trace.
         ema: Decay of a moving average of the parameters, or None.
         loss_scale: How the loss is scaled, or None.
+        combine: Glob over paths of the model's state → one of `model_state.COMBINE`.
     """
 
     init: Callable[[Any], Any]
-    loss: Callable[[Any, Any, Any], Any]
+    loss: Callable[..., Any]
     tx: optax.GradientTransformation
     num_microbatches: int
     seed: int = 0
-    eval_loss: Callable[[Any, Any, Any], Any] | None = None
+    eval_loss: Callable[..., Any] | None = None
     exact: bool = True
     ema: float | None = None
     loss_scale: LossScale | None = None
+    combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.exact:
@@ -105,7 +111,7 @@ class Recipe:
 
     def first_state(self, root: PRNGKeyArray) -> TrainState:
         """Computes the state before step 0, whole."""
-        params = strip(self.init(stream(root, "init")))
+        params, model_state = split_variables(strip(self.init(stream(root, "init"))))
         exponent = jnp.int32(INITIAL_EXPONENT)
         return TrainState(
             step=jnp.int32(0),
@@ -119,10 +125,11 @@ class Recipe:
             if self.exact
             else None,
             loss_scale=self.loss_scale.first() if self.loss_scale else None,
+            model_state=model_state,
         )
 
     def update(
-        self, state: TrainState, grads: Any, grad_exponent: Any
+        self, state: TrainState, grads: Any, grad_exponent: Any, model_state: Any
     ) -> tuple[TrainState, dict[str, Array]]:
         """Applies one gradient; written for whole arrays.
 
@@ -145,6 +152,7 @@ class Recipe:
             ema=ema,
             grad_exponent=grad_exponent,
             loss_scale=state.loss_scale,
+            model_state=model_state,
         )
         if self.loss_scale is not None:
             finite = jnp.isfinite(norm)
@@ -177,30 +185,32 @@ class Recipe:
         """
         key = jax.eval_shape(lambda: jax.random.key(0))
         annotated = jax.eval_shape(self.init, key)
-        names = leaf_axes(annotated, path_rules)
-        used = {name for leaf in names if leaf for name in leaf if name}
+        names = [leaf_axes(part, path_rules) for part in split_variables(annotated)]
+        leaves = itertools.chain.from_iterable(names)
+        used = {name for leaf in leaves if leaf for name in leaf if name}
         warnings = check_rules(axis_rules, used, strict=strict)
         traced, abstract = jax.make_jaxpr(self.first_state, return_shape=True)(key)
         if self.exact:
             check_operations(traced, "init")
-        leaves = named_leaves(abstract.params)
-        _check_dtypes(leaves)
-        param_dims = jax.tree.structure(abstract.params).unflatten(
-            sharded_dims(
-                [path for path, _ in leaves],
-                [leaf.shape for _, leaf in leaves],
-                names,
-                axis_rules,
-                strict=strict,
-            )
-        )
-        dims = jax.tree.map(lambda _: -1, abstract)
+        _check_dtypes(named_leaves(abstract.params))
+        known, dims = {}, []
+        for part, found in zip(
+            (abstract.params, abstract.model_state), names, strict=True
+        ):
+            leaves = [(path, leaf.shape) for path, leaf in named_leaves(part)]
+            known |= dict(zip(leaves, found, strict=True))
+            paths, shapes = [path for path, _ in leaves], [shape for _, shape in leaves]
+            cut = sharded_dims(paths, shapes, found, axis_rules, strict=strict)
+            dims.append(jax.tree.structure(part).unflatten(cut))
+        param_dims, state_dims = dims
         dims = dataclasses.replace(
-            dims, params=param_dims, ema=None if self.ema is None else param_dims
+            jax.tree.map(lambda _: -1, abstract),
+            params=param_dims,
+            ema=None if self.ema is None else param_dims,
+            model_state=state_dims,
         )
         layout = make_layout(abstract, self._settle(abstract, dims))
-        known = [(path, leaf.shape) for path, leaf in leaves]
-        return _with_axes(layout, dict(zip(known, names, strict=True))), warnings
+        return _with_axes(layout, known), warnings
 
     def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
         """Cuts the optimizer's state as its own update does, until nothing changes."""
@@ -216,8 +226,8 @@ class Recipe:
     def _dims_after_update(self, abstract: TrainState, dims: TrainState) -> Any:
         """Returns how one update leaves the optimizer's state cut."""
         found: Any = None
-        shapes = (abstract, abstract.params, abstract.grad_exponent)
-        in_dims = (dims, dims.params, dims.grad_exponent)
+        shapes = update_arguments(abstract, lambda x: x)
+        in_dims = update_arguments(dims, lambda _: -1)
 
         def trace(*args: Any) -> Any:
             nonlocal found
@@ -230,31 +240,44 @@ class Recipe:
         return found
 
     def output_structure(
-        self, params: Any, batch: Any, eval_batch: Any
-    ) -> tuple[Any, Any]:
+        self, params: Any, model_state: Any, batch: Any, eval_batch: Any
+    ) -> tuple[Any, Any, Combiner]:
         """Returns the structure of what `loss` and `eval_loss` return.
 
         Args:
             params: Abstract parameters.
+            model_state: The abstract state of the model, or None.
             batch: An abstract global batch.
             eval_batch: Another, to evaluate on.
 
+        Returns:
+            The structure of the sums of each, and how the states that microbatches
+            leave become one.
+
         Raises:
-            PartitionError: If a loss returns anything but scalars, or a metric whose
-                name is taken.
+            PartitionError: If a loss returns anything but scalars, a metric whose name
+                is taken, or another state than it was given.
             InexactError: If a loss cannot keep its bits.
         """
-        train = self._loss_structure("loss", self.loss, params, batch)
+        variables = params, model_state
+        train, is_kept = self._loss_structure("loss", self.loss, variables, batch)
+        combiner = Combiner.plan(
+            model_state, is_kept, self.combine, self.num_microbatches, self.exact
+        )
         if self.eval_loss is None and eval_batch is batch:
-            return train, train
+            return train, train, combiner
         name = "loss" if self.eval_loss is None else "eval_loss"
-        return train, self._loss_structure(
-            name, self.eval_loss or self.loss, params, eval_batch
+        loss = self.eval_loss or self.loss
+        return (
+            train,
+            self._loss_structure(name, loss, variables, eval_batch)[0],
+            combiner,
         )
 
     def _loss_structure(
-        self, name: str, loss: Callable[..., Any], params: Any, batch: Any
-    ) -> Any:
+        self, name: str, loss: Callable[..., Any], variables: Any, batch: Any
+    ) -> tuple[Any, list[bool]]:
+        """Returns the structure of the sums, and which leaves of the state are kept."""
         microbatch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
                 (x.shape[0] // self.num_microbatches, *x.shape[1:]),
@@ -262,13 +285,10 @@ class Recipe:
             ),
             batch,
         )
-        args = params, microbatch, jax.eval_shape(lambda: jax.random.key(0))
-
-        def output(*args: Any) -> LossOutput:
-            return as_loss_output(loss(*args))
-
+        args = *variables, microbatch, jax.eval_shape(lambda: jax.random.key(0))
+        output = functools.partial(call_loss, loss)
         try:
-            traced, out = jax.make_jaxpr(output, return_shape=True)(*args)
+            traced, (out, left) = jax.make_jaxpr(output, return_shape=True)(*args)
         except NameError as error:
             if "axis name" not in str(error):
                 raise
@@ -288,13 +308,30 @@ class Recipe:
             raise PartitionError(
                 f"{name}: the metrics {sorted(taken)} exist already; rename yours"
             )
+        if name == "loss":
+            check_state(variables[1], left)
         if self.exact:
             check_operations(traced, name)
         if self.exact and name == "loss":
             # The gradient has rules of its own, which may do other things.
-            gradient = jax.grad(lambda *args: output(*args).loss_sum)
+            gradient = jax.grad(lambda *args: output(*args)[0].loss_sum)
             check_operations(jax.make_jaxpr(gradient)(*args), name)
-        return jax.tree.structure(out)
+        # What an evaluation leaves is of no use.
+        given = traced.jaxpr.invars[len(jax.tree.leaves(variables[0])) :]
+        found = traced.jaxpr.outvars[len(jax.tree.leaves(out)) :]
+        is_kept = [a is b for a, b in zip(given, found, strict=False)]
+        return jax.tree.structure(out), is_kept[: len(jax.tree.leaves(left))]
+
+
+def update_arguments(state: Any, of_state: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """The arguments of `Recipe.update`, of a state or a tree like one.
+
+    Args:
+        state: What stands for the state.
+        of_state: What stands for a leaf of the model's next state, which is whole.
+    """
+    model_state = jax.tree.map(of_state, state.model_state)
+    return state, state.params, state.grad_exponent, model_state
 
 
 def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:

@@ -31,6 +31,7 @@ class TrainState:
         grad_exponent: Per parameter leaf, the grid on which its gradient is summed;
             int32 scalars. None in fast mode.
         loss_scale: `(scale, number of good steps)`, or None.
+        model_state: What the model carries on beside its parameters, or None.
     """
 
     step: Array
@@ -39,6 +40,7 @@ class TrainState:
     ema: Any = None
     grad_exponent: Any = None
     loss_scale: Any = None
+    model_state: Any = None
 
 
 def make_layout(abstract: TrainState, dims: Any) -> Any:

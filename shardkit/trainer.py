@@ -27,6 +27,7 @@ from shardkit.membership import Membership, check_source, scripted
 from shardkit.mesh import MeshSpec, check_mesh
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
+from shardkit.model_state import Variables
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.probe import SpeedProbe
@@ -45,9 +46,11 @@ class Trainer:
     """Trains on the devices there are, and goes on when they change.
 
     Args:
-        init: `key → params`; any tree of arrays, annotated with logical axes.
+        init: `key → params`; any tree of arrays, annotated with logical axes. Or `key →
+            Variables`, for a model with a state beside its parameters.
         loss: `(params, microbatch, key) → scalar or LossOutput`; ordinary
-            single-device code.
+            single-device code. With a state, `(params, state, microbatch, key) →
+            LossOutput`, which has the next one in it.
         tx: Any optax transformation.
         data: `step → global batch`, arrays in a dict, nested or not, with the
             examples in dim 0.
@@ -66,6 +69,9 @@ class Trainer:
         eval: On what and when to evaluate; None for never.
         ema: Decay of an average of the parameters, to evaluate with; None for none.
         loss_scale: How the loss is scaled, or None.
+        combine: Glob over paths of the model's state → how what the microbatches of a
+            step leave there becomes one: `"mean"`, which floats have anyway, `"sum"` of
+            all changes, or `"last"`. All microbatches begin with the same state.
         path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
         strict: Whether unannotated leaves and unused rules are errors.
         devices: The pool; None for all devices.
@@ -99,14 +105,14 @@ class Trainer:
         self,
         *,
         init: Callable[[Any], Any],
-        loss: Callable[[Any, Any, Any], Any],
+        loss: Callable[..., Any],
         tx: optax.GradientTransformation,
         data: Callable[[int], Any],
         mesh: MeshSpec | None = None,
         axis_rules: AxisRules | None = None,
         num_microbatches: int,
         seed: int = 0,
-        eval_loss: Callable[[Any, Any, Any], Any] | None = None,
+        eval_loss: Callable[..., Any] | None = None,
         consistency: str = "exact",
         certify: str = "first",
         on_failed_certificate: str = "stop",
@@ -115,6 +121,7 @@ class Trainer:
         eval: EvalConfig | None = None,
         ema: float | None = None,
         loss_scale: LossScale | None = None,
+        combine: Mapping[str, str] | None = None,
         path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
         strict: bool = False,
         devices: Sequence[Any] | None = None,
@@ -126,8 +133,10 @@ class Trainer:
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         check_call("init", init, "key")
-        check_call("loss", loss, "params", "microbatch", "key")
-        check_call("eval_loss", eval_loss or loss, "params", "microbatch", "key")
+        is_stateful = isinstance(jax.eval_shape(init, jax.random.key(0)), Variables)
+        arguments = ["params", *["state"] * is_stateful, "microbatch", "key"]
+        check_call("loss", loss, *arguments)
+        check_call("eval_loss", eval_loss or loss, *arguments)
         check_call("data", data, "step")
         check_mesh(mesh)
         check_choice("consistency", consistency, ("exact", "fast"))
@@ -146,6 +155,7 @@ class Trainer:
             exact=consistency == "exact",
             ema=ema,
             loss_scale=loss_scale,
+            combine=combine or {},
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
         layout, warnings = self._recipe.layout(

@@ -4,12 +4,16 @@ Owns the one spelling of a leaf's path (`params/blocks/0/kernel`), used by error
 messages, digests, rules and checkpoints alike. It knows nothing of devices.
 """
 
-from collections.abc import Callable
-from typing import Any
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["format_table", "map_named", "named_leaves", "path_string"]
+__all__ = ["format_table", "map_named", "match_path", "named_leaves", "path_string"]
+
+
+T = TypeVar("T")
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -44,6 +48,31 @@ def map_named(
         *rest,
         is_leaf=is_leaf,
     )
+
+
+def match_path(path: str, rules: Mapping[str, T]) -> T | None:
+    """Returns the value of the first glob that fits a path.
+
+    `*` stands for any text, `/` in it or not, and `**/` for any number of parents, 0
+    too.
+
+    Example:
+        >>> match_path("layers/0/kernel", {"**/kernel": 1, "*": 2})
+        1
+    """
+    for pattern, value in rules.items():
+        if any(fnmatch.fnmatchcase(path, glob) for glob in _spellings(pattern)):
+            return value
+    return None
+
+
+def _spellings(pattern: str) -> list[str]:
+    """Spells a glob out for `fnmatch`, to which `**/` is never nothing."""
+    head, found, tail = f"/{pattern}".partition("/**/")
+    if not found:
+        return [pattern]
+    between = ("/**/", "/")
+    return [f"{head}{text}{rest}"[1:] for rest in _spellings(tail) for text in between]
 
 
 def format_table(rows: list[tuple[str, ...]]) -> str:

@@ -22,7 +22,8 @@ TIERS = [
     "corpus batch prefetch standby program_cache program_report",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
-    "digest state localize program gradient senders",
+    "digest state localize program model_state put senders",
+    "gradient",
     "cells",
     "routes shares",
     "listing totals router device_order",

@@ -11,7 +11,7 @@ from shardkit.errors import InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT
 from shardkit.logical_axes import axes
 from shardkit.model import LossOutput
-from shardkit.recipe import LossScale, Recipe
+from shardkit.recipe import LossScale, Recipe, update_arguments
 
 RULES = {"embed": "fsdp"}
 KEY = jax.random.key(0)
@@ -192,7 +192,7 @@ def test_half_precision_parameters_keep_their_dtype():
 
     recipe = recipe_of(init=half, ema=0.9, loss_scale=LossScale())
     state = jax.eval_shape(recipe.first_state, KEY)
-    new, _ = jax.eval_shape(recipe.update, state, state.params, state.grad_exponent)
+    new, _ = jax.eval_shape(recipe.update, *update_arguments(state, lambda x: x))
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(
         lambda x: x.dtype, state
     )
@@ -255,7 +255,7 @@ def test_an_update_is_what_optax_computes():
     recipe = recipe_of(ema=0.75)
     state = recipe.first_state(KEY)
     grads = gradient(state, 0.5)
-    new, metrics = jax.jit(recipe.update)(state, grads, state.grad_exponent)
+    new, metrics = jax.jit(recipe.update)(state, grads, state.grad_exponent, None)
     tx = optax.adamw(1e-2)
     updates, _ = tx.update(grads, tx.init(state.params), state.params)
     params = optax.apply_updates(state.params, updates)
@@ -273,12 +273,12 @@ def test_an_update_is_what_optax_computes():
 def test_a_step_that_is_not_finite_changes_the_scale_alone(bad):
     recipe = recipe_of(ema=0.9, loss_scale=LossScale(initial=8.0, growth_interval=2))
     state = recipe.first_state(KEY)
-    state, _ = recipe.update(state, gradient(state, 0.5), state.grad_exponent)
+    state, _ = recipe.update(state, gradient(state, 0.5), state.grad_exponent, None)
     assert [float(x) for x in state.loss_scale] == [8, 1]
     grads = gradient(state, 0.5)
     grads["b"] = grads["b"].at[2].set(bad)
     exponents = jax.tree.map(lambda x: x + 3, state.grad_exponent)
-    new, metrics = jax.jit(recipe.update)(state, grads, exponents)
+    new, metrics = jax.jit(recipe.update)(state, grads, exponents, None)
     assert not np.isfinite(metrics["grad_norm"])
     assert [float(x) for x in new.loss_scale] == [4, 0]
     assert int(new.step) == 2
@@ -333,13 +333,15 @@ def test_output_structure_of_scalars_and_of_loss_outputs():
         return LossOutput(microbatch.sum(), 3, {"hits": jnp.int32(1)})
 
     params = jax.eval_shape(recipe_of().first_state, KEY).params
-    train, evaluation = recipe_of(eval_loss=detailed).output_structure(
-        params, abstract(), abstract()
+    train, evaluation, _ = recipe_of(eval_loss=detailed).output_structure(
+        params, None, abstract(), abstract()
     )
     assert (train.num_leaves, evaluation.num_leaves) == (2, 3)
     out = evaluation.unflatten([1.0, 2.0, 3.0])
     assert out == LossOutput(1.0, 2.0, {"hits": 3.0})
-    train, evaluation = recipe_of().output_structure(params, abstract(), abstract())
+    train, evaluation, _ = recipe_of().output_structure(
+        params, None, abstract(), abstract()
+    )
     assert train == evaluation
 
 
@@ -351,7 +353,7 @@ def test_losses_that_are_not_scalars_are_refused_with_their_parts(name):
     recipe = dataclasses.replace(recipe_of(), **{name: per_row})
     params = jax.eval_shape(recipe.first_state, KEY).params
     with pytest.raises(PartitionError) as caught:
-        recipe.output_structure(params, abstract(), abstract())
+        recipe.output_structure(params, None, abstract(), abstract())
     message = str(caught.value)
     assert message.startswith(f"{name} must return scalars")
     assert "loss_sum" in message
