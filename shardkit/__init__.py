@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from shardkit import data as data
     from shardkit import keys as keys
     from shardkit import nn as nn
+    from shardkit.annotation_table import annotate as annotate
+    from shardkit.annotations import Axes as Axes
+    from shardkit.annotations import axes as axes
     from shardkit.checkpoint import CheckpointConfig as CheckpointConfig
     from shardkit.errors import CertificateError as CertificateError
     from shardkit.errors import ConfigError as ConfigError
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.events import EventLog as EventLog
-    from shardkit.logical_axes import axes as axes
+    from shardkit.logical_axes import constrain as constrain
     from shardkit.logical_axes import infer_shardings as infer_shardings
     from shardkit.membership import Lost as Lost
     from shardkit.membership import combine as combine
@@ -52,13 +55,15 @@ if TYPE_CHECKING:
 
 _MODULES = ("checkpoint", "data", "keys", "nn")
 _HOMES = {
+    "annotation_table": "annotate",
+    "annotations": "Axes axes",
     "checkpoint": "CheckpointConfig",
     "errors": "CertificateError ConfigError DamagedError DataError Halted InexactError "
     "LostStateError MembershipError MeshError NonFiniteError PartitionError Preempted "
     "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig",
     "events": "EventLog",
-    "logical_axes": "axes infer_shardings",
+    "logical_axes": "constrain infer_shardings",
     "membership": "Lost combine scripted signals watch_file",
     "mesh": "MeshSpec",
     "metrics": "StepMetrics",

@@ -1,157 +1,38 @@
-"""Logical axis names on tensors, and what they become on a mesh.
+"""What the logical axes of tensors become on a mesh.
 
-Owns annotations (which name each dim carries) and rules (which mesh axis each name
-goes to). Invariant: which dim of a leaf is sharded is decided from names and rules
-alone, never from the number of devices, so that a state means the same on every
-mesh. It does not place anything.
+Owns the rules: which mesh axis each name goes to. Invariant: which dim of a leaf is
+sharded is decided from names and rules alone, never from the number of devices, so that
+a state means the same on every mesh. It does not place anything.
 
 References:
     Xu et al., GSPMD: General and Scalable Parallelization for ML Computation Graphs
     (2021).
 """
 
-import dataclasses
 import difflib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from shardkit.annotations import MESH, axes, leaf_axes, strip
 from shardkit.errors import PartitionError
 from shardkit.mesh import MESH_AXES
-from shardkit.tree import format_table, match_path, named_leaves
+from shardkit.tree import format_table
 
 __all__ = [
-    "Annotated",
     "AxisRules",
-    "axes",
     "check_rules",
+    "constrain",
     "infer_shardings",
-    "leaf_axes",
+    "mesh_axis",
     "sharded_dims",
-    "strip",
 ]
 
 AxisRules = Mapping[str, str | None]
 """Logical axis name → mesh axis, or None for a dim that stays whole."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Annotated:
-    """An array with the logical names of its dims; made by `axes`."""
-
-    value: Any
-    names: Any = dataclasses.field(metadata={"static": True})
-
-
-def axes(array: Any, *names: str | PartitionSpec | None) -> Annotated:
-    """Names the dims of an array.
-
-    Args:
-        array: Any array.
-        *names: One logical name per dim, None for a dim without one; or a single
-            `PartitionSpec` for a user who wants mesh axes directly.
-
-    Raises:
-        PartitionError: If the number of names is not the number of dims, or a
-            `PartitionSpec` names anything but one mesh axis for a dim.
-
-    Example:
-        >>> axes(np.zeros((4, 8)), "embed", "mlp").names
-        ('embed', 'mlp')
-    """
-    if len(names) == 1 and isinstance(names[0], PartitionSpec):
-        spec = names[0]
-        bad = [entry for entry in spec if entry not in (None, *MESH_AXES)]
-        if bad:
-            raise PartitionError(
-                f"sk.axes: expected at most one mesh axis for each dim, one of "
-                f"{', '.join(MESH_AXES)}; found {bad} in {spec}"
-            )
-        padded = (*spec, *[None] * (np.ndim(array) - len(spec)))
-        names = tuple(None if a is None else f"mesh:{a}" for a in padded)
-    if len(names) != np.ndim(array):
-        raise PartitionError(
-            f"sk.axes: expected one name for each of the {np.ndim(array)} dims of an "
-            f"array of shape {np.shape(array)}, found {names}. Use None for a dim "
-            "without a name."
-        )
-    return Annotated(array, tuple(names))
-
-
-def _is_boxed(x: Any) -> bool:
-    return isinstance(x, Annotated) or _is_variable(x)
-
-
-def _is_variable(x: Any) -> bool:
-    # An NNX variable can only be met where flax.nnx has been imported.
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(x, nnx.Variable)
-
-
-def strip(tree: Any) -> Any:
-    """Takes the annotations off, leaving the tree that a loss is given.
-
-    NNX variables stay: they are part of the user's own tree.
-
-    Example:
-        >>> strip({"w": axes(np.zeros(2), "embed")})
-        {'w': array([0., 0.])}
-    """
-    is_annotated = lambda x: isinstance(x, Annotated)  # noqa: E731
-    return jax.tree.map(
-        lambda x: x.value if is_annotated(x) else x, tree, is_leaf=is_annotated
-    )
-
-
-def leaf_axes(
-    tree: Any, path_rules: Mapping[str, tuple[str | None, ...]] | None = None
-) -> list[tuple[str | None, ...] | None]:
-    """Lists the logical axes of every array of `strip(tree)`, in its order.
-
-    Args:
-        tree: Annotated by `axes`, by NNX metadata, or not at all.
-        path_rules: Glob over the leaf's path → names, for what carries none; the
-            first that fits. `*` stands for any text, `/` in it or not, and `**/` for
-            any number of parents, 0 too.
-
-    Returns:
-        One entry per array; None where nothing is known.
-
-    Raises:
-        PartitionError: Naming all leaves whose annotation does not fit their shape.
-    """
-    found: list[tuple[str | None, ...] | None] = []
-    bad = []
-    for path, leaf in named_leaves(tree, is_leaf=_is_boxed):
-        names = _annotation(leaf)
-        for array in jax.tree.leaves(strip(leaf)):
-            if names is None:
-                names = match_path(path, path_rules or {})
-            if names is not None and len(names) != np.ndim(array):
-                bad.append((path, f"shape {np.shape(array)}", f"axes {names}"))
-            found.append(names)
-    if bad:
-        raise PartitionError(
-            "expected one logical axis per dim, found\n" + format_table(bad)
-        )
-    return found
-
-
-def _annotation(leaf: Any) -> tuple[str | None, ...] | None:
-    if isinstance(leaf, Annotated):
-        return leaf.names
-    if _is_variable(leaf):
-        metadata = leaf.get_metadata()
-        for name in ("out_sharding", "sharding_names", "sharding"):
-            value = metadata.get(name)
-            if isinstance(value, tuple | list | PartitionSpec):
-                return tuple(value)
-    return None
 
 
 def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> list[str]:
@@ -224,7 +105,7 @@ def sharded_dims(
                 missing.append((path, str(shape)))
             dims.append(-1)
             continue
-        targets = [_target(name, rules) for name in leaf_names]
+        targets = [mesh_axis(name, rules) for name in leaf_names]
         cut = [d for d, a in enumerate(targets) if a == axis and shape[d] > 1]
         dims.append(cut[0] if cut else -1)
     if missing and strict:
@@ -236,10 +117,18 @@ def sharded_dims(
     return dims
 
 
-def _target(name: str | None, rules: AxisRules) -> str | None:
+def mesh_axis(name: str | None, rules: AxisRules) -> str | None:
+    """Returns the mesh axis of a logical one; that of a mesh axis' name is itself.
+
+    Example:
+        >>> mesh_axis("embed", {"embed": "fsdp"}), mesh_axis("fsdp", {})
+        ('fsdp', 'fsdp')
+    """
     if name is None:
         return None
-    return name[5:] if name.startswith("mesh:") else rules.get(name)
+    if name.startswith(MESH):
+        return name.removeprefix(MESH)
+    return rules.get(name, name if name in MESH_AXES else None)
 
 
 def infer_shardings(tree: Any, axis_rules: AxisRules, mesh: Mesh) -> Any:
@@ -268,12 +157,53 @@ def infer_shardings(tree: Any, axis_rules: AxisRules, mesh: Mesh) -> Any:
     """
     check_rules(axis_rules, set(axis_rules))
     arrays, treedef = jax.tree.flatten(strip(tree))
-    shardings = []
-    for array, names in zip(arrays, leaf_axes(tree), strict=True):
-        entries: list[str | None] = []
-        for size, name in zip(np.shape(array), names or (), strict=False):
-            target = _target(name, axis_rules)
-            fits = target is not None and size % mesh.shape[target] == 0
-            entries.append(target if fits and target not in entries else None)
-        shardings.append(NamedSharding(mesh, PartitionSpec(*entries)))
+    shardings = [
+        NamedSharding(mesh, _spec(np.shape(array), names or (), axis_rules, mesh.shape))
+        for array, names in zip(arrays, leaf_axes(tree), strict=True)
+    ]
     return treedef.unflatten(shardings)
+
+
+def constrain(x: Any, *names: Any, axis_rules: AxisRules | None = None) -> Any:
+    """Asks for activations to be cut along mesh axes, for people with their own loop.
+
+    It constrains what is left to the compiler: the axes of the mesh that
+    `jax.set_mesh` has made the current one. In a `Trainer` each microbatch is on one
+    device, so there is nothing to cut there, and `x` comes back as it is.
+
+    Args:
+        x: An array.
+        *names: As in `axes`, like what is raised.
+        axis_rules: Logical axis → mesh axis; a mesh axis' own name is itself.
+
+    Example:
+        >>> constrain(np.ones(2), "batch", axis_rules={"batch": "data"})
+        array([1., 1.])
+    """
+    rules = axis_rules or {}
+    check_rules(rules, set(rules))
+    found = axes(x, *names).names
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {
+        axis: size
+        for axis, size, kind in zip(
+            mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
+        )
+        if kind == AxisType.Auto
+    }
+    if not sizes:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(x.shape, found, rules, sizes))
+
+
+def _spec(
+    shape: tuple[int, ...], names: Any, rules: AxisRules, sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """Cuts dims by the axes that divide them, each axis once."""
+    entries: list[str | None] = []
+    for size, name in zip(shape, names, strict=False):
+        target = mesh_axis(name, rules)
+        is_new = target in sizes and target not in entries
+        fits = target is not None and is_new and size % sizes[target] == 0
+        entries.append(target if fits else None)
+    return PartitionSpec(*entries)

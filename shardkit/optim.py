@@ -105,7 +105,7 @@ def _matrices(annotated: Any) -> Callable[[Any], Any]:
     """Returns the mask of the leaves that have two dims within a layer."""
     import jax
 
-    from shardkit.logical_axes import leaf_axes
+    from shardkit.annotations import leaf_axes
 
     # Optax shows a mask the bare parameters, so the names are read beforehand.
     names = None if annotated is None else leaf_axes(annotated)

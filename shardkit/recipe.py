@@ -17,13 +17,14 @@ import optax
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
+from shardkit.annotations import read_axes, strip, unused_rules
 from shardkit.errors import InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
 from shardkit.keys import stream
 from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
-from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
+from shardkit.logical_axes import AxisRules, check_rules, sharded_dims
 from shardkit.model import call_loss
 from shardkit.model_state import Combiner, check_state, split_variables
 from shardkit.shards import Shards
@@ -167,7 +168,7 @@ class Recipe:
         self,
         axis_rules: AxisRules,
         *,
-        path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
+        path_rules: Mapping[Any, Any] | None = None,
         strict: bool = False,
     ) -> tuple[Any, list[str]]:
         """Decides which dim of every leaf of the state is cut.
@@ -185,10 +186,12 @@ class Recipe:
         """
         key = jax.eval_shape(lambda: jax.random.key(0))
         annotated = jax.eval_shape(self.init, key)
-        names = [leaf_axes(part, path_rules) for part in split_variables(annotated)]
-        leaves = itertools.chain.from_iterable(names)
-        used = {name for leaf in leaves if leaf for name in leaf if name}
+        said = [read_axes(part, path_rules) for part in split_variables(annotated)]
+        names = [[leaf.names for leaf in part] for part in said]
+        leaves = [*itertools.chain.from_iterable(said)]
+        used = {name for leaf in leaves for name in leaf.names or () if name}
         warnings = check_rules(axis_rules, used, strict=strict)
+        warnings += unused_rules(leaves, path_rules)
         traced, abstract = jax.make_jaxpr(self.first_state, return_shape=True)(key)
         if self.exact:
             check_operations(traced, "init")

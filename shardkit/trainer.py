@@ -72,7 +72,9 @@ class Trainer:
         combine: Glob over paths of the model's state → how what the microbatches of a
             step leave there becomes one: `"mean"`, which floats have anyway, `"sum"` of
             all changes, or `"last"`. All microbatches begin with the same state.
-        path_rules: Glob over leaf paths → logical axes, for unannotated leaves.
+        path_rules: Glob or compiled regex over leaf paths → logical axes or a
+            `PartitionSpec`; the first that fits. What a leaf's own annotation says
+            otherwise is an error.
         strict: Whether unannotated leaves and unused rules are errors.
         devices: The pool; None for all devices.
         standby: How many placements are compiled ahead of changes, over the whole run.
@@ -122,7 +124,7 @@ class Trainer:
         ema: float | None = None,
         loss_scale: LossScale | None = None,
         combine: Mapping[str, str] | None = None,
-        path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
+        path_rules: Mapping[Any, Any] | None = None,
         strict: bool = False,
         devices: Sequence[Any] | None = None,
         standby: int = 0,

@@ -5,12 +5,20 @@ messages, digests, rules and checkpoints alike. It knows nothing of devices.
 """
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["format_table", "map_named", "match_path", "named_leaves", "path_string"]
+__all__ = [
+    "find_rule",
+    "format_table",
+    "map_named",
+    "match_path",
+    "named_leaves",
+    "path_string",
+]
 
 
 T = TypeVar("T")
@@ -50,20 +58,33 @@ def map_named(
     )
 
 
-def match_path(path: str, rules: Mapping[str, T]) -> T | None:
-    """Returns the value of the first glob that fits a path.
+def find_rule(path: str, rules: Mapping[Any, T]) -> tuple[Any, T] | None:
+    """Returns the first rule that fits a path, and its value.
 
-    `*` stands for any text, `/` in it or not, and `**/` for any number of parents, 0
-    too.
+    Args:
+        path: Of a leaf.
+        rules: By globs, in which `*` stands for any text, `/` in it or not, and `**/`
+            for any number of parents, 0 too; or by compiled regexes, which are searched
+            for.
 
     Example:
-        >>> match_path("layers/0/kernel", {"**/kernel": 1, "*": 2})
-        1
+        >>> find_rule("layers/0/kernel", {"**/kernel": 1, "*": 2})
+        ('**/kernel', 1)
     """
     for pattern, value in rules.items():
-        if any(fnmatch.fnmatchcase(path, glob) for glob in _spellings(pattern)):
-            return value
+        if isinstance(pattern, re.Pattern):
+            fits = pattern.search(path) is not None
+        else:
+            fits = any(fnmatch.fnmatchcase(path, glob) for glob in _spellings(pattern))
+        if fits:
+            return pattern, value
     return None
+
+
+def match_path(path: str, rules: Mapping[Any, T]) -> T | None:
+    """Returns the value of the first rule that fits a path; see `find_rule`."""
+    found = find_rule(path, rules)
+    return found and found[1]
 
 
 def _spellings(pattern: str) -> list[str]:

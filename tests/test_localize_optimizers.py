@@ -17,7 +17,7 @@ from sharded import (
     traced,
 )
 
-from shardkit.logical_axes import axes
+from shardkit.annotations import axes
 from shardkit.recipe import Recipe
 
 

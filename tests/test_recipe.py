@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 
+from shardkit.annotations import axes
 from shardkit.errors import InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT
-from shardkit.logical_axes import axes
 from shardkit.model import LossOutput
 from shardkit.recipe import LossScale, Recipe, update_arguments
 
