@@ -152,12 +152,14 @@ def hurt(arguments, every_s, steps):
                 spent_s = time.monotonic() - start_s
             finally:
                 chaos.terminate()
+            if newest is None:
+                raise FailedError(f"it ended before the last fault\n{run.end}")
             faults = json.loads(chaos.communicate()[0])["faults"]
-            last, at_last = newest, (newest and newest.step) or 0
+            last, at_last = newest, newest.step or 0
             while newest is not None:
                 last = newest
                 newest = run.until(lambda s, at=newest.step or 0: (s.step or 0) > at)
-            if run.process.wait(60) or last is None:
+            if run.process.wait(60):
                 raise FailedError(run.end)
             return digest(run.out), faults, spent_s, first.step, at_last, last
         finally:
@@ -211,8 +213,9 @@ def main():
     )
     is_bad = False
     for every_s in map(float, arguments.every.split(",")):
-        # With goodput below 1 the last fault comes before the last step.
-        steps = arguments.warm + int(1.2 * arguments.faults * every_s / step_s)
+        # The last fault may be three deviations late.
+        slack = 1.2 + 3 / arguments.faults**0.5
+        steps = arguments.warm + int(slack * arguments.faults * every_s / step_s)
         found = hurt(arguments, every_s, steps)
         report(arguments, every_s, step_s, found)
         with tempfile.TemporaryDirectory() as directory:

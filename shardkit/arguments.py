@@ -8,7 +8,7 @@ from typing import Any
 
 from shardkit.errors import ConfigError
 
-__all__ = ["check_call", "check_choice"]
+__all__ = ["check_call", "check_choice", "check_optimizer"]
 
 
 def check_call(name: str, fn: Any, *args: str) -> None:
@@ -40,4 +40,21 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(
             f"Trainer: {name} must be one of {', '.join(map(repr, choices))}, "
             f"found {value!r}"
+        )
+
+
+def check_optimizer(tx: Any) -> None:
+    """Checks that something is an optimizer.
+
+    Raises:
+        ConfigError: If it has not what optax's have.
+    """
+    missing = [
+        name for name in ("init", "update") if not callable(getattr(tx, name, 0))
+    ]
+    if missing:
+        raise ConfigError(
+            "Trainer: tx must be an optax.GradientTransformation, such as "
+            f"optax.adamw(1e-3); found {type(tx).__name__} without "
+            f"{' and '.join(missing)}"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from shardkit.arguments import check_call, check_choice
+from shardkit.arguments import check_call, check_choice, check_optimizer
 from shardkit.batch import abstract_batch, checked_data
 from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.history import open_history
@@ -21,6 +21,7 @@ from shardkit.controller import Controller
 from shardkit.errors import ConfigError
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
+from shardkit.functions import abstract_init, check_captures
 from shardkit.logical_axes import AxisRules
 from shardkit.loop import train
 from shardkit.membership import Membership, check_source, scripted
@@ -135,7 +136,8 @@ class Trainer:
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         check_call("init", init, "key")
-        is_stateful = isinstance(jax.eval_shape(init, jax.random.key(0)), Variables)
+        check_optimizer(tx)
+        is_stateful = isinstance(abstract_init(init), Variables)
         arguments = ["params", *["state"] * is_stateful, "microbatch", "key"]
         check_call("loss", loss, *arguments)
         check_call("eval_loss", eval_loss or loss, *arguments)
@@ -163,6 +165,7 @@ class Trainer:
         layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
+        warnings += check_captures("loss", loss)
         for warning in warnings:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)

@@ -20,7 +20,7 @@ TIERS = [
     "errors events version waits hlo background bits blocks",
     "tree arguments mesh keys membership nn model places shards rounding jaxprs "
     "corpus batch prefetch standby program_cache program_report",
-    "annotations",
+    "annotations functions",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
     "digest state localize program model_state put senders",

@@ -1,0 +1,103 @@
+"""What the user's functions bring along and return, looked at before they are compiled.
+
+Owns the mistakes that tracing would not show, or only by a message of JAX's own. It
+computes nothing.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardkit.errors import PartitionError
+from shardkit.tree import format_table, named_leaves
+
+__all__ = ["abstract_init", "check_captures"]
+
+_LARGE_BYTES = 1 << 20
+
+
+def abstract_init(init: Callable[[Any], Any]) -> Any:
+    """Returns what `init` makes, as shapes and dtypes.
+
+    Raises:
+        PartitionError: Naming all leaves that are no arrays.
+    """
+
+    def run(key: Any) -> Any:
+        made = init(key)
+        bad = [
+            (path, f"found {type(leaf).__name__} {leaf!r:.40}")
+            for path, leaf in named_leaves(made)
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float)
+        ]
+        if bad:
+            raise PartitionError(
+                "init must return arrays; these leaves are none\n"
+                + format_table(bad)
+                + "\nKeep functions, names and settings where the loss sees them: in "
+                "its closure, or as static fields of a dataclass."
+            )
+        return made
+
+    return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def check_captures(name: str, fn: Callable[..., Any]) -> list[str]:
+    """Looks at the arrays that a function sees besides its arguments.
+
+    Args:
+        name: The function's, for messages.
+        fn: A plain function; of other callables nothing is known.
+
+    Returns:
+        Warnings: large arrays that are no parameters.
+
+    Raises:
+        PartitionError: Naming all arrays that are deleted, or are on several devices,
+            which a change takes away.
+
+    Example:
+        >>> table = jax.numpy.ones(3)
+        >>> check_captures("loss", lambda params, microbatch, key: table.sum())
+        []
+    """
+    bad, large = [], []
+    for path, array in _captured(fn):
+        what = f"{array.dtype}{list(array.shape)}"
+        if array.is_deleted():
+            bad.append((path, what, "deleted"))
+        elif len(array.sharding.device_set) > 1:
+            bad.append((path, what, f"on {len(array.sharding.device_set)} devices"))
+        elif array.nbytes >= _LARGE_BYTES:
+            large.append(
+                f"{name} sees {path}, {what}, from outside: it is not trained, and is "
+                "written into every program; make it a parameter, part of the state or "
+                "of the batch"
+            )
+    if bad:
+        raise PartitionError(
+            f"{name} sees arrays from outside that a change of devices takes away\n"
+            + format_table(bad)
+            + "\nGive them as parameters, as state (sk.Variables) or in the batch; "
+            "what is constant as numpy arrays."
+        )
+    return large
+
+
+def _captured(
+    fn: Any, known: frozenset[Any] = frozenset()
+) -> Iterator[tuple[str, jax.Array]]:
+    """Yields the arrays that a function sees, or others of its module that it calls."""
+    if not inspect.isfunction(fn) or fn in known:
+        return
+    seen = inspect.getclosurevars(fn)
+    for name, value in {**seen.globals, **seen.nonlocals}.items():
+        if isinstance(value, jax.Array | dict | list | tuple):
+            for path, leaf in named_leaves(value):
+                if isinstance(leaf, jax.Array):
+                    yield f"{name}/{path}".rstrip("/"), leaf
+        elif getattr(value, "__module__", None) == fn.__module__:
+            yield from _captured(value, known | {fn})
