@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardkit import data as data
     from shardkit import keys as keys
     from shardkit import nn as nn
+    from shardkit import sources as sources
     from shardkit.checkpoint import CheckpointConfig as CheckpointConfig
     from shardkit.errors import CertificateError as CertificateError
     from shardkit.errors import ConfigError as ConfigError
@@ -47,10 +48,13 @@ if TYPE_CHECKING:
     from shardkit.recipe import LossScale as LossScale
     from shardkit.resharding import reshard as reshard
     from shardkit.snapshot.config import SnapshotConfig as SnapshotConfig
+    from shardkit.sources.examples import Examples as Examples
+    from shardkit.sources.iterables import from_iterable as from_iterable
+    from shardkit.sources.mixture import Mixture as Mixture
     from shardkit.trainer import Trainer as Trainer
     from shardkit.version import __version__ as __version__
 
-_MODULES = ("checkpoint", "data", "keys", "nn")
+_MODULES = ("checkpoint", "data", "keys", "nn", "sources")
 _HOMES = {
     "checkpoint": "CheckpointConfig",
     "errors": "CertificateError ConfigError DamagedError DataError Halted InexactError "
@@ -69,6 +73,7 @@ _HOMES = {
     "recipe": "LossScale",
     "resharding": "reshard",
     "snapshot.config": "SnapshotConfig",
+    "sources": "Examples Mixture from_iterable",
     "trainer": "Trainer",
     "version": "__version__",
 }

@@ -22,7 +22,7 @@ TIERS = [
     "corpus batch prefetch standby program_cache program_report",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
-    "digest state localize program model_state put senders",
+    "digest state localize program model_state put senders sources",
     "gradient",
     "cells",
     "routes shares",
@@ -54,6 +54,7 @@ TIERS = [
 ]
 TIER_OF = {name: tier for tier, names in enumerate(TIERS) for name in names.split()}
 OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn", "zfec"}
+OPTIONAL |= {"grain", "datasets", "tokenizers"}
 MAX_LINES = 400
 
 
@@ -192,7 +193,7 @@ def test_no_module_is_too_long():
         *("", ".checkpoint", ".cli", ".cluster.asking", ".cluster.web"),
         *(".command.main", ".config", ".data", ".membership", ".prefetch"),
         *(".report", ".snapshot.assignment", ".snapshot.cost"),
-        *(".snapshot.rebuild", ".snapshot.recovery", ".snapshot.segments"),
+        *(".snapshot.rebuild", ".snapshot.recovery", ".snapshot.segments", ".sources"),
     ],
 )
 def test_importing_does_not_import_jax(module):
