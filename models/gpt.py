@@ -1,10 +1,10 @@
 """A decoder-only transformer in Flax NNX, GPT-2 and Llama being two of its settings.
 
-Owns the architecture and its options. Every parameter carries logical axes as NNX
-metadata; nothing here knows of meshes or devices. Invariants: the function computed
-depends neither on `scan_layers` nor on `remat`, no gradient contains a scatter, and a
-dropout mask depends on the key and on the place in the network alone. Dropout acts on
-the embeddings and on what each sublayer adds, not on attention weights.
+Owns the architecture; its options are in `gpt_config.py`. Every parameter carries
+logical axes as NNX metadata; nothing here knows of meshes or devices. Invariants: the
+function computed depends neither on `scan_layers` nor on `remat`, no gradient contains
+a scatter, and a dropout mask depends on the key and on the place in the network alone.
+Dropout acts on the embeddings and on what each sublayer adds, not on attention weights.
 
 Shape suffixes:
     B rows, T positions, D embed, H query heads, G key/value heads, K head dim,
@@ -19,18 +19,17 @@ References:
     Shazeer, GLU Variants Improve Transformer (2020).
 """
 
-import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import shardkit as sk
+from models.gpt_config import GPTConfig, make_config
 
 __all__ = ["GPT", "GPTConfig", "build"]
 
@@ -38,108 +37,9 @@ AXIS_RULES: dict[str, str | None] = {
     "embed": "fsdp",
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), "tensor"),
 }
-DType = Literal["float32", "bfloat16"]
 Dims = Mapping[str, int]
 FloatBTD = Float[Array, "B T D"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GPTConfig:
-    """The options of a model; the defaults make a small Llama over bytes.
-
-    Raises:
-        ConfigError: Naming every option with a value that cannot be used.
-    """
-
-    vocab_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4  # of the queries
-    num_kv_heads: int | None = None  # shared by groups of query heads; None: num_heads
-    embed_dim: int = 128  # the width of the residual stream
-    mlp_dim: int = 384
-    max_sequence_length: int = 256
-    norm: Literal["rms", "layer"] = "rms"  # before sublayers and before the logits
-    positions: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0  # the base of RoPE's wavelengths
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    use_bias: bool = False  # in projections and layer norms
-    tie_embeddings: bool = True  # the embedding table also makes the logits
-    dropout: float = 0.0
-    remat: bool = False  # compute blocks anew in the backward pass, to save memory
-    scan_layers: bool = False  # stack the blocks and loop, to compile faster
-    compute_dtype: DType = "float32"  # norms, softmax and loss are always float32
-    param_dtype: DType = "float32"
-
-    def __post_init__(self):
-        _check(self)
-
-    @property
-    def head_dim(self) -> int:
-        """The width of one head."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, with the default filled in."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @classmethod
-    def gpt2(cls, **overrides: Any) -> "GPTConfig":
-        """Returns GPT-2 124M, with what is overridden."""
-        data = {"vocab_size": 50_257, "max_sequence_length": 1024, "dropout": 0.1}
-        sizes = {"num_layers": 12, "num_heads": 12, "embed_dim": 768, "mlp_dim": 3072}
-        kinds = {"norm": "layer", "positions": "learned", "mlp": "gelu"}
-        return _config(data | sizes | kinds | {"use_bias": True} | overrides)
-
-    @classmethod
-    def llama(cls, **overrides: Any) -> "GPTConfig":
-        """Returns Llama 3.2 1B, its RoPE not stretched, with what is overridden."""
-        sizes = {"num_layers": 16, "num_heads": 32, "embed_dim": 2048, "mlp_dim": 8192}
-        rest = {"num_kv_heads": 8, "rope_theta": 500_000.0, "vocab_size": 128_256}
-        return _config(sizes | rest | {"max_sequence_length": 8192} | overrides)
-
-
-def _config(options: Mapping[str, Any]) -> GPTConfig:
-    known = [field.name for field in dataclasses.fields(GPTConfig)]
-    if unknown := sorted(set(options).difference(known)):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise sk.ConfigError(
-            f"models.gpt: unknown option {', '.join(map(repr, unknown))}; "
-            + f"did you mean {close[0]!r}? " * len(close)
-            + f"The options are preset, {', '.join(known)}."
-        )
-    return GPTConfig(**options)
-
-
-def _check(config: GPTConfig) -> None:
-    expected: dict[str, str] = {}
-    for field in dataclasses.fields(GPTConfig):
-        name, value, kind = field.name, getattr(config, field.name), field.type
-        # By exact type: True is an instance of int.
-        accepted: Any = {float: (int, float), int | None: (int, type(None))}
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                expected[name] = f"one of {', '.join(get_args(kind))}"
-        elif type(value) not in accepted.get(kind, (kind,)):
-            expected[name] = getattr(kind, "__name__", str(kind))
-        elif kind in (int, int | None) and value is not None and value < 1:
-            expected[name] = "at least 1"
-    if not expected:
-        multiple = config.num_heads * (2 if config.positions == "rope" else 1)
-        if not 0.0 <= config.dropout < 1.0:
-            expected["dropout"] = "at least 0 and less than 1"
-        if not config.rope_theta > 0.0:
-            expected["rope_theta"] = "more than 0"
-        if config.embed_dim % multiple:
-            expected["embed_dim"] = (
-                f"a multiple of {multiple} (heads, twice that for rope)"
-            )
-        if config.num_heads % config.kv_heads:
-            expected["num_kv_heads"] = f"a divisor of num_heads = {config.num_heads}"
-    if expected:
-        found = [(name, text, getattr(config, name)) for name, text in expected.items()]
-        lines = (f"{name}: expected {text}, found {v!r}" for name, text, v in found)
-        raise sk.ConfigError("GPTConfig: " + "; ".join(lines) + ".")
+Mask = Bool[Array, "B 1 T T"] | None
 
 
 def _param(value: Array, *names: str) -> nnx.Param:
@@ -212,7 +112,10 @@ def _rotate(x_BTHK: Float[Array, "B T H K"], theta: float) -> Float[Array, "B T 
 
 
 class Attention(nnx.Module):
-    """Causal attention; groups of query heads share key/value heads."""
+    """Causal attention; groups of query heads share key/value heads.
+
+    RoPE turns by the place in the row, also in packed ones: only distances matter.
+    """
 
     def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
         self.theta = config.rope_theta if config.positions == "rope" else None
@@ -225,12 +128,17 @@ class Attention(nnx.Module):
         scale = (2 * config.num_layers) ** -0.5
         self.out = Linear(config, "BTHK,HKD->BTD", heads | embed, rngs, scale)
 
-    def __call__(self, x_BTD: FloatBTD) -> FloatBTD:
+    def __call__(self, x_BTD: FloatBTD, may_see_B1TT: Mask) -> FloatBTD:
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.theta is not None:
             q_BTHK, k_BTGK = _rotate(q_BTHK, self.theta), _rotate(k_BTGK, self.theta)
         y_BTHK = jax.nn.dot_product_attention(
-            q_BTHK, k_BTGK, v_BTGK, is_causal=True, implementation="xla"
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            mask=may_see_B1TT,
+            is_causal=True,
+            implementation="xla",
         )
         return self.out(y_BTHK)
 
@@ -263,8 +171,10 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTD: FloatBTD, key: PRNGKeyArray | None) -> FloatBTD:
-        y_BTD = self.attention(self.attention_norm(x_BTD))
+    def __call__(
+        self, x_BTD: FloatBTD, key: PRNGKeyArray | None, may_see_B1TT: Mask
+    ) -> FloatBTD:
+        y_BTD = self.attention(self.attention_norm(x_BTD), may_see_B1TT)
         x_BTD = x_BTD + sk.nn.dropout(y_BTD, _fold_in(key, 0), self.dropout)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + sk.nn.dropout(y_BTD, _fold_in(key, 1), self.dropout)
@@ -299,13 +209,21 @@ class GPT(nnx.Module):
             self.layers = nnx.List([block(key) for key in keys])
 
     def __call__(
-        self, tokens_BT: Int[Array, "B T"], key: PRNGKeyArray | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        key: PRNGKeyArray | None = None,
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Computes the logits of each next token, in the compute dtype.
 
         Args:
             tokens_BT: Token ids.
             key: For dropout; None for none.
+            segments_BT: Which document of a packed row a token is of; attention stays
+                within. None: a row is one document.
+            positions_BT: The place in the document; None: the place in the row.
 
         Raises:
             DataError: If there are more than `max_sequence_length` positions.
@@ -319,21 +237,30 @@ class GPT(nnx.Module):
         dtype = jnp.dtype(self.config.compute_dtype)
         table_VD = self.embedding[...].astype(dtype)
         x_BTD = sk.nn.embed(table_VD, tokens_BT)
-        if self.position_embedding is not None:
+        if self.position_embedding is not None and positions_BT is None:
             x_BTD = x_BTD + self.position_embedding[None, :length].astype(dtype)
+        elif self.position_embedding is not None:
+            table = self.position_embedding[...].astype(dtype)
+            x_BTD = x_BTD + sk.nn.embed(table, positions_BT)
+        may_see_B1TT = None
+        if segments_BT is not None:
+            may_see_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None]
         # Index 0 is the embeddings', layers follow from 1.
         x_BTD = sk.nn.dropout(x_BTD, _fold_in(key, 0), self.config.dropout)
-        x_BTD = self.final_norm(self._run_layers(x_BTD, key))
+        x_BTD = self.final_norm(self._run_layers(x_BTD, key, may_see_B1TT))
         if self.head is None:
             return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD)
         return jnp.einsum("BTD,DV->BTV", x_BTD, self.head[...].astype(dtype))
 
-    def _run_layers(self, x_BTD: FloatBTD, key: PRNGKeyArray | None) -> FloatBTD:
+    def _run_layers(
+        self, x_BTD: FloatBTD, key: PRNGKeyArray | None, may_see_B1TT: Mask
+    ) -> FloatBTD:
         scan = self.config.scan_layers
         graphdef = nnx.graphdef(self.layers if scan else self.layers[0])
 
         def run(x_BTD, state, index):
-            return nnx.merge(graphdef, state)(x_BTD, _fold_in(key, index))
+            block = nnx.merge(graphdef, state)
+            return block(x_BTD, _fold_in(key, index), may_see_B1TT)
 
         if self.config.remat:
             # Outside a scan, XLA's CSE would undo the recomputation.
@@ -356,7 +283,10 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
 
     Returns:
         A model over microbatches `{"tokens": int32 [rows, T + 1]}`, each token
-        predicted from those before it. Its params are an `nnx.State`.
+        predicted from those before it. Its params are an `nnx.State`. If there are,
+        `weights` (float `[rows]` or `[rows, T]`) say how much predictions count, and
+        `segments` and `positions` (int32 `[rows, T + 1]`) keep the documents of packed
+        rows apart: see `sk.sources.Packed`.
 
     Raises:
         ConfigError: For an unknown preset or option, or an unusable value.
@@ -373,7 +303,7 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
             f"models.gpt: preset: expected one of {', '.join(presets)}, or none at "
             f"all, found {preset!r}."
         )
-    config = presets[preset](**overrides) if preset else _config(overrides)
+    config = presets[preset](**overrides) if preset else make_config(overrides)
 
     def init(key: PRNGKeyArray) -> nnx.State:
         return nnx.state(GPT(config, nnx.Rngs(params=key)), nnx.Param)
@@ -386,11 +316,24 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
         tokens = microbatch["tokens"]
         inputs_BT, labels_BT = tokens[:, :-1], tokens[:, 1:]
         dropout_key = None if key is None else sk.keys.stream(key, "dropout")
-        logits_BTV = nnx.merge(graphdef(), params)(inputs_BT, dropout_key)
+        packed = {
+            f"{name}_BT": microbatch[name][:, :-1]
+            for name in ("segments", "positions")
+            if name in microbatch
+        }
+        model = nnx.merge(graphdef(), params)
+        logits_BTV = model(inputs_BT, dropout_key, **packed)
         losses_BT = sk.nn.cross_entropy(logits_BTV, labels_BT)
         is_right_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
-        metrics = {"accuracy": jnp.sum(is_right_BT, dtype=jnp.float32)}
-        return sk.LossOutput(losses_BT.sum(), jnp.float32(losses_BT.size), metrics)
+        if "weights" not in microbatch:
+            metrics = {"accuracy": jnp.sum(is_right_BT, dtype=jnp.float32)}
+            return sk.LossOutput(losses_BT.sum(), jnp.float32(losses_BT.size), metrics)
+        # One weight a row or one a prediction.
+        weights = microbatch["weights"].reshape(len(tokens), -1)
+        weights_BT = jnp.broadcast_to(weights, losses_BT.shape)
+        metrics = {"accuracy": jnp.sum(is_right_BT * weights_BT)}
+        loss_sum = jnp.sum(losses_BT * weights_BT)
+        return sk.LossOutput(loss_sum, weights_BT.sum(), metrics)
 
     return sk.Model(
         init=init,

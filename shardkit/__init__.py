@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardkit import data as data
     from shardkit import keys as keys
     from shardkit import nn as nn
+    from shardkit import sources as sources
     from shardkit.annotation_table import annotate as annotate
     from shardkit.annotations import Axes as Axes
     from shardkit.annotations import axes as axes
@@ -50,10 +51,13 @@ if TYPE_CHECKING:
     from shardkit.recipe import LossScale as LossScale
     from shardkit.resharding import reshard as reshard
     from shardkit.snapshot.config import SnapshotConfig as SnapshotConfig
+    from shardkit.sources.examples import Examples as Examples
+    from shardkit.sources.iterables import from_iterable as from_iterable
+    from shardkit.sources.mixture import Mixture as Mixture
     from shardkit.trainer import Trainer as Trainer
     from shardkit.version import __version__ as __version__
 
-_MODULES = ("checkpoint", "data", "keys", "nn")
+_MODULES = ("checkpoint", "data", "keys", "nn", "sources")
 _HOMES = {
     "annotation_table": "annotate",
     "annotations": "Axes axes",
@@ -74,6 +78,7 @@ _HOMES = {
     "recipe": "LossScale",
     "resharding": "reshard",
     "snapshot.config": "SnapshotConfig",
+    "sources": "Examples Mixture from_iterable",
     "trainer": "Trainer",
     "version": "__version__",
 }

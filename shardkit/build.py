@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shardkit import config as configs
-from shardkit.config import RunConfig, accepts, convert, suggest
+from shardkit.config import BUILT_IN_DATA, RunConfig, accepts, convert, suggest
 from shardkit.errors import ConfigError, ShardkitError
 
 __all__ = [
@@ -129,7 +129,7 @@ def import_all(config: RunConfig) -> None:
     import shardkit.trainer  # noqa: F401
 
     resolve_factory(config.model.factory, where="[model] factory")
-    if config.data.factory != "text":
+    if config.data.factory not in BUILT_IN_DATA:
         resolve_factory(config.data.factory, where="[data] factory")
 
 
@@ -158,10 +158,17 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
         valid = TextBatches(corpus, split="validation", **common) if evaluates else None
         return train, valid, corpus.digest
 
+    factory = data.factory
+    if factory in BUILT_IN_DATA:
+        factory = f"shardkit.sources.configured:{factory}"
+        common |= {
+            "path": data.path,
+            "sequence_length": data.sequence_length,
+            "validation_fraction": data.validation_fraction,
+        }
+
     def build(split: str) -> Any:
-        return call_factory(
-            data.factory, data.options, where="data", split=split, **common
-        )
+        return call_factory(factory, data.options, where="data", split=split, **common)
 
     train = build("train")
     valid = build("validation") if evaluates else None

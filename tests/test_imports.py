@@ -23,7 +23,7 @@ TIERS = [
     "annotations functions",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
-    "digest state localize program model_state put senders",
+    "digest state localize program model_state put senders sources",
     "gradient annotation_table",
     "cells",
     "routes shares",
@@ -55,6 +55,7 @@ TIERS = [
 ]
 TIER_OF = {name: tier for tier, names in enumerate(TIERS) for name in names.split()}
 OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn", "zfec"}
+OPTIONAL |= {"grain", "datasets", "tokenizers"}
 MAX_LINES = 400
 
 
@@ -193,7 +194,7 @@ def test_no_module_is_too_long():
         *("", ".checkpoint", ".cli", ".cluster.asking", ".cluster.web"),
         *(".command.main", ".config", ".data", ".membership", ".prefetch"),
         *(".report", ".snapshot.assignment", ".snapshot.cost"),
-        *(".snapshot.rebuild", ".snapshot.recovery", ".snapshot.segments"),
+        *(".snapshot.rebuild", ".snapshot.recovery", ".snapshot.segments", ".sources"),
     ],
 )
 def test_importing_does_not_import_jax(module):

@@ -10,6 +10,7 @@ from shardkit.config.loader import from_dict as from_dict
 from shardkit.config.loader import load as load
 from shardkit.config.loader import suggest as suggest
 from shardkit.config.resize import parse_resize as parse_resize
+from shardkit.config.schema import BUILT_IN_DATA as BUILT_IN_DATA
 from shardkit.config.schema import CheckpointSection as CheckpointSection
 from shardkit.config.schema import DataSection as DataSection
 from shardkit.config.schema import MeshSection as MeshSection

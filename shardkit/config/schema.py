@@ -13,6 +13,7 @@ from shardkit.config.toml import dump_toml
 from shardkit.errors import ConfigError
 
 __all__ = [
+    "BUILT_IN_DATA",
     "CheckpointSection",
     "DataSection",
     "MeshSection",
@@ -39,6 +40,9 @@ FREE_ON_RESUME = (
 )
 """Keys that say where a run is evaluated, how far and how it is shown."""
 
+BUILT_IN_DATA = ("text", "tokens", "documents")
+"""Words that `data.factory` may be instead of a `"module:attribute"`."""
+
 _USED_BY = {
     "adamw": ("b1", "b2"),
     "lion": ("b1", "b2"),
@@ -63,21 +67,23 @@ class DataSection:
     """The corpus and the fixed grid of microbatches that a step is made of."""
 
     factory: str = "text"
-    """`"text"`, or `"module:attribute"`, called with `global_batch_size`, `seed`,
-    `split` and the options."""
+    """`"text"`, bytes as tokens; `"tokens"`, files of token ids; `"documents"`, packed
+    into rows; or `"module:attribute"`, called with `global_batch_size`, `seed`, `split`
+    and the options."""
     path: str | None = None
-    """Text only: a file, a directory or a glob. None is the default corpus, the
-    sources of the installed Python standard library."""
+    """Not for a factory of your own: a file, a directory or a glob. None is the
+    default corpus of `"text"`, the sources of Python's standard library."""
     sequence_length: int | None = None
-    """Text only: tokens per row."""
+    """Not for a factory of your own: tokens per row."""
     validation_fraction: float | None = None
-    """Text only: the part of the corpus that is kept for evaluation."""
+    """Not for a factory of your own: the part that is kept for evaluation."""
     global_batch_size: int
     """Rows per step, on any number of devices."""
     num_microbatches: int
     """Equal parts of the global batch, each evaluated at once on one device."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a factory other than `"text"`."""
+    """Keyword arguments of a factory other than `"text"`; what `"tokens"` and
+    `"documents"` take is in `docs/data.md`."""
 
     def __post_init__(self):
         _at_least(self, 1, "global_batch_size", "num_microbatches", "sequence_length")
@@ -88,18 +94,21 @@ class DataSection:
                 "change one so that every microbatch has the same rows"
             )
         _fraction(self, "validation_fraction")
-        if self.factory == "text":
-            if self.sequence_length is None:
-                raise ConfigError(
-                    'sequence_length is missing; factory = "text" needs it'
-                )
-            if self.options:
+        if self.factory in BUILT_IN_DATA:
+            needed = ("sequence_length", "path")[: 1 + (self.factory != "text")]
+            for name in needed:
+                if getattr(self, name) is None:
+                    raise ConfigError(
+                        f'{name} is missing; factory = "{self.factory}" needs it'
+                    )
+            if self.factory == "text" and self.options:
                 raise ConfigError('options are of no use to factory = "text"')
             return
         for name in ("path", "sequence_length", "validation_fraction"):
             if getattr(self, name) is not None:
                 raise ConfigError(
-                    f"{name} is for text alone, and factory = {self.factory!r}; "
+                    f"{name} is for {', '.join(BUILT_IN_DATA)} alone, and factory = "
+                    f"{self.factory!r}; "
                     "move it into [data.options] if that factory takes it"
                 )
 
