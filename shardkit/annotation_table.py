@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from shardkit.annotations import LeafAxes, read_axes, unused_rules
+from shardkit.annotations import MESH, LeafAxes, read_axes, strip, unused_rules
 from shardkit.errors import PartitionError
+from shardkit.functions import abstract_init
 from shardkit.logical_axes import AxisRules, check_rules, mesh_axis, sharded_dims
 from shardkit.model import Model
 from shardkit.model_state import Variables
@@ -67,8 +68,9 @@ class Annotations:
         spelled = []
         for name in leaf.names:
             axis = mesh_axis(name, self.axis_rules)
-            is_same = name is None or axis is None or name.endswith(axis)
-            spelled.append(f"{name or '·'}" if is_same else f"{name}→{axis}")
+            plain = name and name.removeprefix(MESH)
+            is_same = axis in (None, plain)
+            spelled.append(f"{plain or '·'}" if is_same else f"{plain}→{axis}")
         return " ".join(spelled) or "·"
 
 
@@ -103,16 +105,24 @@ def annotate(
         rules = rules or dict(model.axis_rules)
         model = model.init
     tree = model
-    if callable(model) and jax.tree_util.all_leaves([model]):
-        tree = jax.eval_shape(model, jax.eval_shape(lambda: jax.random.key(0)))
+    has_arrays = any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(strip(tree)))
+    if callable(model) and not has_arrays:
+        tree = abstract_init(model)
     if isinstance(tree, Variables):
-        tree = {"params": tree.params, "state": tree.state}
-    leaves = read_axes(tree, path_rules)
+        # Rules see the paths of each part, as in a `Trainer`.
+        parts = {"params/": tree.params, "state/": tree.state}
+    else:
+        parts = {"": tree}
+    leaves, paths = [], []
+    for prefix, part in parts.items():
+        found = read_axes(part, path_rules)
+        paths += found
+        leaves += [dataclasses.replace(x, path=prefix + x.path) for x in found]
     if not leaves:
         raise PartitionError("sk.annotate: expected a tree with arrays, found none")
     used = {name for leaf in leaves for name in leaf.names or () if name}
     unused = check_rules(rules, used)
-    unused += unused_rules(leaves, path_rules)
+    unused += unused_rules(paths, path_rules)
     dims = sharded_dims(
         [leaf.path for leaf in leaves],
         [leaf.shape for leaf in leaves],

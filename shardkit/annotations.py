@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardkit.errors import PartitionError
 from shardkit.mesh import MESH_AXES
@@ -142,9 +142,9 @@ def read_axes(tree: Any, path_rules: Mapping[Any, Any] | None = None) -> list[Le
         tree: Annotated by `axes`, by the types of fields, by Flax's metadata, or not
             at all.
         path_rules: Glob over the leaf's path, or a compiled regex that is searched for
-            in it, → names, a `PartitionSpec`, or None for a leaf without any; the
-            first that fits counts. In a glob `*` stands for any text, `/` in it or not,
-            and `**/` for any number of parents, 0 too.
+            in it, → names, a `PartitionSpec`, or None for an array whose dims have
+            none; the first that fits counts. In a glob `*` stands for any text, `/` in
+            it or not, and `**/` for any number of parents, 0 too.
 
     Raises:
         PartitionError: Naming all arrays whose annotations do not fit them, or one
@@ -152,24 +152,34 @@ def read_axes(tree: Any, path_rules: Mapping[Any, Any] | None = None) -> list[Le
     """
     found, bad, conflicts = [], [], []
     for path, array, said in _said(tree):
-        rule = find_rule(path, path_rules or {})
-        if rule is not None and rule[1] is not None:
-            said = [*said, (f"path rule {_spell_rule(rule[0])}", rule[1])]
         shape, spelled = np.shape(array), []
+        if rule := find_rule(path, path_rules or {}):
+            names = (None,) * len(shape) if rule[1] is None else rule[1]
+            said = [*said, (f"path rule {_spell_rule(rule[0])}", names)]
         for source, value in said:
             names, problem = _spelled(_as_names(value), shape)
             if problem:
                 bad.append((path, source, problem))
             else:
                 spelled.append((source, names))
-        if len({names for _, names in spelled}) > 1:
-            rows = [f"{source} says {names}" for source, names in spelled]
+        if len({_plain(names) for _, names in spelled}) > 1:
+            rows = [f"{source} says {_plain(names)}" for source, names in spelled]
             conflicts.append((path, *rows))
-        names = spelled[0][1] if spelled else None
+        # Who names a mesh axis means it, whatever the rules say.
+        names = max((names for _, names in spelled), key=_num_meant, default=None)
         sources = tuple(source for source, _ in spelled)
         found.append(LeafAxes(path, shape, names, sources))
     _refuse(bad, conflicts)
     return found
+
+
+def _plain(names: Names) -> Names:
+    """The names without saying which of them are mesh axes for sure."""
+    return tuple(name and name.removeprefix(MESH) for name in names)
+
+
+def _num_meant(names: Names) -> int:
+    return sum(name is not None and name.startswith(MESH) for name in names)
 
 
 def unused_rules(
@@ -212,18 +222,23 @@ def _said(
     if jax.tree_util.all_leaves([node]):
         yield path_string(path), node, list(by_type)
         return
-    fields = _fields(type(node))
+    kind = type(node)
+    fields = field_axes(kind)
     children = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda x: x is not node
     )[0]
-    for key, child in children:
+    keys = [getattr(key[0], "name", None) for key, _ in children]
+    if fields and children and not any(keys):
+        raise PartitionError(
+            f"{kind.__name__}: its fields' types name axes, but it is registered "
+            "without the names of its fields. Register it by "
+            "jax.tree_util.register_dataclass, or with keys."
+        )
+    for (key, child), name in zip(children, keys, strict=True):
         if child is None:
             continue
-        name = getattr(key[0], "name", None)
-        said = by_type
-        if name in fields:
-            said = [*by_type, (f"type of {type(node).__name__}.{name}", fields[name])]
-        yield from _said(child, (*path, *key), said)
+        own = [(f"type of {kind.__name__}.{name}", x) for x in fields.get(name, ())]
+        yield from _said(child, (*path, *key), [*by_type, *own])
 
 
 def _boxed(node: Any) -> list[tuple[str, Any]] | None:
@@ -235,14 +250,29 @@ def _boxed(node: Any) -> list[tuple[str, Any]] | None:
         said = [] if names is None else [(f"Flax's {type(node).__name__}", names)]
         return [*said, *(_boxed(node.value) or ())]
     if _is_variable(node):
-        metadata = node.get_metadata()
-        for name in ("out_sharding", "sharding_names", "sharding"):
-            value = metadata.get(name)
-            if isinstance(value, tuple | list | PartitionSpec):
-                # Flax keeps logical names in a PartitionSpec, too.
-                return [(f"NNX's {name}", tuple(value))]
-        return []
+        return [*_of_metadata(node), *_inside(node)]
     return None
+
+
+def _of_metadata(variable: Any) -> list[tuple[str, Any]]:
+    metadata = variable.get_metadata()
+    for name in ("out_sharding", "sharding_names", "sharding"):
+        value = metadata.get(name)
+        value = value.spec if isinstance(value, NamedSharding) else value
+        if isinstance(value, PartitionSpec):
+            # Flax keeps logical names in one, too; it may be shorter than the array.
+            [array, *_] = [*jax.tree.leaves(strip(variable)), None]
+            value = (*value, *[None] * (np.ndim(array) - len(value)))
+        if isinstance(value, tuple | list):
+            return [(f"NNX's {name}", tuple(value))]
+    return []
+
+
+def _inside(variable: Any) -> list[tuple[str, Any]]:
+    """What a box within a variable says."""
+    is_other = lambda x: x is not variable and (_is_annotated(x) or _is_linen_box(x))  # noqa: E731
+    leaves = jax.tree.leaves(variable, is_leaf=is_other)
+    return [said for leaf in leaves for said in _boxed(leaf) or ()]
 
 
 def _is_annotated(x: Any) -> bool:
@@ -260,38 +290,50 @@ def _is_linen_box(x: Any) -> bool:
     return meta is not None and isinstance(x, meta.AxisMetadata)
 
 
-def _fields(kind: type) -> dict[str, Any]:
-    """What the types of a class's fields say.
+def field_axes(kind: type) -> dict[str, list[Any]]:
+    """What the types of a class's fields say: name → all that is said there.
 
     Raises:
         PartitionError: If they say something in a type that cannot be evaluated.
     """
-    if not hasattr(kind, "__annotations__"):
-        return {}
-    try:
-        hints = typing.get_type_hints(kind, include_extras=True)
-    except Exception as error:
-        # Names that only a type checker imports are usual, and no matter.
-        written = [str(x) for x in _written(kind)]
-        if any("Axes(" in text for text in written):
-            raise PartitionError(
-                f"{kind.__name__}: its fields' types name axes, but cannot be "
-                f"evaluated: {error}. Import what they name at run time."
-            ) from error
-        return {}
-    found = {}
-    for name, hint in hints.items():
-        for extra in getattr(hint, "__metadata__", ()):
-            if isinstance(extra, Axes):
-                found[name] = extra.names
-            elif isinstance(extra, PartitionSpec):
-                found[name] = extra
+    found: dict[str, list[Any]] = {}
+    for base in reversed(getattr(kind, "__mro__", ())):
+        for name, hint in vars(base).get("__annotations__", {}).items():
+            said = [*_metadata(_evaluated(base, name, hint))]
+            found.pop(name, None)
+            if said:
+                found[name] = said
     return found
 
 
-def _written(kind: type) -> Iterator[Any]:
-    for base in kind.__mro__:
-        yield from vars(base).get("__annotations__", {}).values()
+def _evaluated(kind: type, name: str, hint: Any) -> Any:
+    if not isinstance(hint, str):
+        return hint
+    module = sys.modules.get(kind.__module__)
+    try:
+        return eval(hint, vars(module) if module else {}, dict(vars(kind)))
+    except Exception as error:
+        # Names that only a type checker imports are usual, and no matter.
+        if not any(word in hint for word in ("Axes(", "PartitionSpec(", "P(")):
+            return None
+        raise PartitionError(
+            f"{kind.__name__}.{name}: its type {hint!r} names axes, but cannot be "
+            f"evaluated: {error}. Import what it names at run time."
+        ) from error
+
+
+def _metadata(hint: Any) -> Iterator[Any]:
+    """Yields what a type says, in its parts too, such as those of a union or a list."""
+    for extra in getattr(hint, "__metadata__", ()):
+        if isinstance(extra, Axes):
+            yield extra.names
+        elif isinstance(extra, PartitionSpec):
+            yield extra
+    if (alias := getattr(hint, "__value__", None)) is not None:
+        yield from _metadata(alias)
+    inner = (hint.__origin__,) if hasattr(hint, "__metadata__") else ()
+    for part in (*inner, *typing.get_args(hint)[len(inner) :]):
+        yield from _metadata(part)
 
 
 def _as_names(value: Any) -> Any:
@@ -307,7 +349,12 @@ def _spelled(names: Any, shape: tuple[int, ...]) -> tuple[Names, str]:
     if len(names) == 1 and isinstance(names[0], PartitionSpec):
         return _of_spec(names[0], shape)
     dims = f"the {len(shape)} dims of an array of shape {shape}"
-    bad = [name for name in names if not isinstance(name, str | None)]
+    bad = [
+        name
+        for name in names
+        if not isinstance(name, str | None)
+        or (name and name.startswith(MESH) and name.removeprefix(MESH) not in MESH_AXES)
+    ]
     if bad:
         return (), f"expected a name or None for each of {dims}, found {bad[0]!r}"
     if len(names) != len(shape):

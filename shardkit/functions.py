@@ -4,6 +4,8 @@ Owns the mistakes that tracing would not show, or only by a message of JAX's own
 computes nothing.
 """
 
+import contextlib
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from shardkit.tree import format_table, named_leaves
 __all__ = ["abstract_init", "check_captures"]
 
 _LARGE_BYTES = 1 << 20
+_MOST_ITEMS = 10_000
 
 
 def abstract_init(init: Callable[[Any], Any]) -> Any:
@@ -65,7 +68,7 @@ def check_captures(name: str, fn: Callable[..., Any]) -> list[str]:
         []
     """
     bad, large = [], []
-    for path, array in _captured(fn):
+    for path, array in _captured(fn, set()):
         what = f"{array.dtype}{list(array.shape)}"
         if array.is_deleted():
             bad.append((path, what, "deleted"))
@@ -87,17 +90,43 @@ def check_captures(name: str, fn: Callable[..., Any]) -> list[str]:
     return large
 
 
-def _captured(
-    fn: Any, known: frozenset[Any] = frozenset()
-) -> Iterator[tuple[str, jax.Array]]:
-    """Yields the arrays that a function sees, or others of its module that it calls."""
-    if not inspect.isfunction(fn) or fn in known:
+def _captured(fn: Any, known: set[int]) -> Iterator[tuple[str, jax.Array]]:
+    """Yields the arrays that a function names, or others of its module that it names.
+
+    What cannot be read is passed over: this finds mistakes, and hinders nobody.
+
+    Args:
+        fn: The function.
+        known: What has been looked at, by its id.
+    """
+    if not inspect.isfunction(fn) or id(fn) in known:
         return
-    seen = inspect.getclosurevars(fn)
-    for name, value in {**seen.globals, **seen.nonlocals}.items():
-        if isinstance(value, jax.Array | dict | list | tuple):
-            for path, leaf in named_leaves(value):
-                if isinstance(leaf, jax.Array):
-                    yield f"{name}/{path}".rstrip("/"), leaf
-        elif getattr(value, "__module__", None) == fn.__module__:
-            yield from _captured(value, known | {fn})
+    known.add(id(fn))
+    for name, value in _seen(fn).items():
+        if inspect.isfunction(value) and value.__module__ == fn.__module__:
+            yield from _captured(value, known)
+        else:
+            yield from _arrays(name, value, known)
+
+
+def _seen(fn: Any) -> dict[str, Any]:
+    """The globals and the variables of outer functions that a function loads."""
+    loaded = {x.argval for x in dis.get_instructions(fn) if x.opname == "LOAD_GLOBAL"}
+    found = {name: x for name, x in fn.__globals__.items() if name in loaded}
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # It is still empty.
+            found[name] = cell.cell_contents
+    return found
+
+
+def _arrays(path: str, value: Any, known: set[int]) -> Iterator[tuple[str, jax.Array]]:
+    if id(value) in known:
+        return
+    if isinstance(value, jax.Array):
+        known.add(id(value))
+        yield path, value
+    elif isinstance(value, dict | list | tuple) and len(value) <= _MOST_ITEMS:
+        known.add(id(value))
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in pairs:
+            yield from _arrays(f"{path}/{key}", item, known)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.extend import core
 
-__all__ = ["Step", "equations", "flatten", "results"]
+__all__ = ["Step", "equations", "flatten", "handed_on", "results"]
 
 _WRAPPERS = frozenset(
     """checkpoint closed_call core_call custom_jvp_call custom_vjp_call
@@ -95,3 +95,23 @@ def equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
                     yield from equations(inner)
+
+
+def handed_on(jaxpr: core.Jaxpr) -> list[int | None]:
+    """Says of each result which argument it is, untouched; None if it is none.
+
+    Example:
+        >>> import jax
+        >>> traced = jax.make_jaxpr(jax.jit(lambda a, b: (b, a + b)))(1.0, 2.0)
+        >>> handed_on(traced.jaxpr)
+        [1, None]
+    """
+    known = {id(var): i for i, var in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        inner = inner_jaxpr(eqn)
+        if inner is None:
+            continue
+        for var, i in zip(eqn.outvars, handed_on(inner.jaxpr), strict=True):
+            if i is not None and id(eqn.invars[i]) in known:
+                known[id(var)] = known[id(eqn.invars[i])]
+    return [known.get(id(var)) for var in jaxpr.outvars]

@@ -14,19 +14,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from shardkit.errors import PartitionError
+from shardkit.errors import ConfigError, PartitionError
 from shardkit.exact_sum import exact_sum
-from shardkit.rounding import unfused
-from shardkit.tree import format_table, match_path, named_leaves
+from shardkit.rounding import not_broadcast
+from shardkit.tree import find_rule, format_table, match_path, named_leaves
 
-__all__ = ["COMBINE", "Combiner", "Variables", "check_state", "split_variables"]
+__all__ = [
+    "COMBINE",
+    "Combiner",
+    "Variables",
+    "check_state",
+    "split_variables",
+    "unused_combine",
+]
 
 COMBINE = ("mean", "sum", "last")
-"""How a leaf of the state becomes one: the mean of what all microbatches left; what was
-there and all that was added to it; or what the last microbatch left."""
+"""How a leaf of the state becomes one: the mean of what all microbatches left, which is
+what they left if it is the same; what was there and all that was added to it; or what
+the last microbatch left. Sums of floats that reach 2¹²⁰ are NaN."""
 
 _KEPT = "kept"
 
@@ -51,6 +58,16 @@ class Variables:
 def split_variables(made: Any) -> tuple[Any, Any]:
     """Returns parameters and state, None where there is none."""
     return (made.params, made.state) if isinstance(made, Variables) else (made, None)
+
+
+def unused_combine(state: Any, rules: Mapping[str, str]) -> list[str]:
+    """Says which rules fit no leaf of a state, as what is misspelled does."""
+    paths = [path for path, _ in named_leaves(state)]
+    return [
+        f"combine: no leaf of the state fits {glob!r}"
+        for glob, kind in rules.items()
+        if not any(find_rule(path, {glob: kind}) for path in paths)
+    ]
 
 
 def check_state(before: Any, after: Any) -> None:
@@ -123,7 +140,14 @@ class Combiner:
 
         Raises:
             PartitionError: Naming all leaves for which it cannot be decided.
+            ConfigError: If a rule asks for something else.
         """
+        unknown = {glob: kind for glob, kind in rules.items() if kind not in COMBINE}
+        if unknown:
+            raise ConfigError(
+                f"combine: expected one of {', '.join(map(repr, COMBINE))} for each "
+                f"glob, found {unknown}"
+            )
         kinds, bad = [], []
         for (path, leaf), kept in zip(named_leaves(state), is_kept, strict=True):
             asked = match_path(path, rules)
@@ -167,9 +191,13 @@ class Combiner:
                 is_last = i == self.num_microbatches - 1
                 found.append(jnp.where(is_last, _bits(after), room))
             elif _is_added_up(kind, before.dtype):
-                # What did not change is then found as it was, whatever is rounded.
-                change = after.astype(jnp.float32) - before.astype(jnp.float32)
-                found.append(lax.dynamic_update_index_in_dim(room, change, i, 0))
+                row = after.astype(jnp.float32)
+                if kind == "sum":
+                    # Infinity less infinity would not be nothing.
+                    is_same = _bits(after) == _bits(before)
+                    change = row - before.astype(jnp.float32)
+                    row = jnp.where(is_same, jnp.float32(0), change)
+                found.append(lax.dynamic_update_index_in_dim(room, row, i, 0))
             else:
                 found.append(
                     room + after.astype(jnp.uint32) - before.astype(jnp.uint32)
@@ -204,17 +232,24 @@ class Combiner:
             elif kind == "last":
                 found.append(_from_bits(next(rooms), before.dtype))
             elif _is_added_up(kind, before.dtype):
-                rows = next(rooms)
-                change = exact_sum(rows, [0]) if self.exact else jnp.sum(rows, axis=0)
-                if kind == "mean":
-                    share = np.float32(1 / self.num_microbatches)
-                    change = unfused(change * share, zero)
-                after = before.astype(jnp.float32) + change
+                after = self._float(kind, next(rooms), before, zero)
                 found.append(after.astype(before.dtype))
             else:
                 after = before.astype(jnp.uint32) + next(rooms)
                 found.append(after.astype(before.dtype))
         return found
+
+    def _float(self, kind: str, rows: Array, before: Array, zero: Array) -> Array:
+        """Combines a row for each microbatch, `float32 [microbatches, ...]`."""
+        total = exact_sum(rows, [0]) if self.exact else jnp.sum(rows, axis=0)
+        bits = _bits(rows)
+        if kind == "mean":
+            count = jnp.float32(self.num_microbatches)
+            mean = total / not_broadcast(count, total, zero)
+            # What all have left alike is that, whatever a sum would round.
+            return jnp.where((bits == bits[:1]).all(axis=0), rows[0], mean)
+        old = before.astype(jnp.float32)
+        return jnp.where((bits == 0).all(axis=0), old, old + total)
 
 
 def _fitting(dtype: Any) -> tuple[str, ...]:
@@ -223,7 +258,9 @@ def _fitting(dtype: Any) -> tuple[str, ...]:
         return ()
     if jnp.issubdtype(dtype, jnp.floating):
         return COMBINE
-    return ("sum", "last") if jnp.issubdtype(dtype, jnp.integer) else ("last",)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return ("last",)
+    return ("sum", "last") if jnp.iinfo(dtype).bits >= 8 else ()
 
 
 def _is_added_up(kind: str, dtype: Any) -> bool:

@@ -18,15 +18,19 @@ from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from shardkit.annotations import read_axes, strip, unused_rules
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
-from shardkit.keys import stream
+from shardkit.keys import is_key_dtype, stream
 from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, sharded_dims
-from shardkit.model import call_loss
-from shardkit.model_state import Combiner, check_state, split_variables
+from shardkit.loss_structure import loss_structure
+from shardkit.model_state import (
+    Combiner,
+    split_variables,
+    unused_combine,
+)
 from shardkit.shards import Shards
 from shardkit.state import TrainState, make_layout
 from shardkit.tree import format_table, named_leaves
@@ -36,8 +40,6 @@ __all__ = ["LossScale", "Recipe", "update_arguments"]
 _MAX_ROUNDS = 8
 # Zero gradients are finite at any scale, which must not grow until nothing else is.
 _MAX_SCALE = 2.0**60
-# Metrics that every step has.
-_TAKEN = {"loss", "weight", "grad_norm", "gradient_passes"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class Recipe:
             params=params,
             opt_state=self.tx.init(params),
             # In bfloat16 a decay near 1 would round to 1.
-            ema=jax.tree.map(lambda p: p.astype(jnp.float32), params)
+            ema=jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
             if self.ema is not None
             else None,
             grad_exponent=jax.tree.map(lambda _: exponent, params)
@@ -191,19 +193,27 @@ class Recipe:
         leaves = [*itertools.chain.from_iterable(said)]
         used = {name for leaf in leaves for name in leaf.names or () if name}
         warnings = check_rules(axis_rules, used, strict=strict)
-        warnings += unused_rules(leaves, path_rules)
+        unused = unused_rules(leaves, path_rules)
+        unused += unused_combine(split_variables(annotated)[1], self.combine)
+        if strict and unused:
+            raise PartitionError("\n".join(unused) + "\nRemove the rule, or strict.")
+        warnings += unused
         traced, abstract = jax.make_jaxpr(self.first_state, return_shape=True)(key)
         if self.exact:
             check_operations(traced, "init")
         _check_dtypes(named_leaves(abstract.params))
-        known, dims = {}, []
-        for part, found in zip(
-            (abstract.params, abstract.model_state), names, strict=True
-        ):
+        known, dims = [], []
+        parts = abstract.params, abstract.model_state
+        for part, found in zip(parts, names, strict=True):
             leaves = [(path, leaf.shape) for path, leaf in named_leaves(part)]
-            known |= dict(zip(leaves, found, strict=True))
+            known.append(dict(zip(leaves, found, strict=True)))
             paths, shapes = [path for path, _ in leaves], [shape for _, shape in leaves]
             cut = sharded_dims(paths, shapes, found, axis_rules, strict=strict)
+            # A key's words stay together.
+            cut = [
+                -1 if is_key_dtype(leaf.dtype) else dim
+                for dim, leaf in zip(cut, jax.tree.leaves(part), strict=True)
+            ]
             dims.append(jax.tree.structure(part).unflatten(cut))
         param_dims, state_dims = dims
         dims = dataclasses.replace(
@@ -213,7 +223,7 @@ class Recipe:
             model_state=state_dims,
         )
         layout = make_layout(abstract, self._settle(abstract, dims))
-        return _with_axes(layout, known), warnings
+        return _with_axes(layout, *known), warnings
 
     def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
         """Cuts the optimizer's state as its own update does, until nothing changes."""
@@ -263,7 +273,10 @@ class Recipe:
             InexactError: If a loss cannot keep its bits.
         """
         variables = params, model_state
-        train, is_kept = self._loss_structure("loss", self.loss, variables, batch)
+        examine = functools.partial(
+            loss_structure, num_microbatches=self.num_microbatches, exact=self.exact
+        )
+        train, is_kept = examine("loss", self.loss, variables, batch, trains=True)
         combiner = Combiner.plan(
             model_state, is_kept, self.combine, self.num_microbatches, self.exact
         )
@@ -271,59 +284,8 @@ class Recipe:
             return train, train, combiner
         name = "loss" if self.eval_loss is None else "eval_loss"
         loss = self.eval_loss or self.loss
-        return (
-            train,
-            self._loss_structure(name, loss, variables, eval_batch)[0],
-            combiner,
-        )
-
-    def _loss_structure(
-        self, name: str, loss: Callable[..., Any], variables: Any, batch: Any
-    ) -> tuple[Any, list[bool]]:
-        """Returns the structure of the sums, and which leaves of the state are kept."""
-        microbatch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                (x.shape[0] // self.num_microbatches, *x.shape[1:]),
-                jax.dtypes.canonicalize_dtype(x.dtype),
-            ),
-            batch,
-        )
-        args = *variables, microbatch, jax.eval_shape(lambda: jax.random.key(0))
-        output = functools.partial(call_loss, loss)
-        try:
-            traced, (out, left) = jax.make_jaxpr(output, return_shape=True)(*args)
-        except NameError as error:
-            if "axis name" not in str(error):
-                raise
-            raise InexactError(
-                f"{name} asks for a mesh axis ({error}), but sees one microbatch and "
-                "no mesh: a sum over devices is taken of what it returns, and a key or "
-                "a value that depends on the device could not stay the same."
-            ) from error
-        bad = [(path, str(x.shape)) for path, x in named_leaves(out) if x.shape]
-        if bad:
-            raise PartitionError(
-                f"{name} must return scalars (a mean, or sums in an sk.LossOutput), "
-                "found\n" + format_table(bad)
-            )
-        taken = _TAKEN & out.metrics.keys()
-        if taken:
-            raise PartitionError(
-                f"{name}: the metrics {sorted(taken)} exist already; rename yours"
-            )
-        if name == "loss":
-            check_state(variables[1], left)
-        if self.exact:
-            check_operations(traced, name)
-        if self.exact and name == "loss":
-            # The gradient has rules of its own, which may do other things.
-            gradient = jax.grad(lambda *args: output(*args)[0].loss_sum)
-            check_operations(jax.make_jaxpr(gradient)(*args), name)
-        # What an evaluation leaves is of no use.
-        given = traced.jaxpr.invars[len(jax.tree.leaves(variables[0])) :]
-        found = traced.jaxpr.outvars[len(jax.tree.leaves(out)) :]
-        is_kept = [a is b for a, b in zip(given, found, strict=False)]
-        return jax.tree.structure(out), is_kept[: len(jax.tree.leaves(left))]
+        evaluated, _ = examine(name, loss, variables, eval_batch, trains=False)
+        return train, evaluated, combiner
 
 
 def update_arguments(state: Any, of_state: Callable[[Any], Any]) -> tuple[Any, ...]:
@@ -352,15 +314,24 @@ def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:
         )
 
 
-def _with_axes(
-    layout: TrainState,
-    names: Mapping[tuple[str, tuple[int, ...]], tuple[str | None, ...] | None],
-) -> TrainState:
-    """Notes the logical axes of parameters, and of what has a parameter's place."""
+_Known = Mapping[tuple[str, tuple[int, ...]], tuple[str | None, ...] | None]
+
+
+def _with_axes(layout: TrainState, params: _Known, model_state: _Known) -> TrainState:
+    """Notes the logical axes of parameters, and of what has a parameter's place.
+
+    Args:
+        layout: Of the state.
+        params: Path and shape → axes.
+        model_state: Likewise.
+    """
 
     def find(leaf: LeafLayout) -> tuple[str | None, ...] | None:
         parts = leaf.path.split("/")
+        if parts[0] == "model_state":
+            return model_state.get(("/".join(parts[1:]), leaf.shape))
         tails = ("/".join(parts[i:]) for i in range(1, len(parts)))
-        return next((x for tail in tails if (x := names.get((tail, leaf.shape)))), None)
+        found = (params.get((tail, leaf.shape)) for tail in tails)
+        return next((names for names in found if names), None)
 
     return jax.tree.map(lambda leaf: dataclasses.replace(leaf, axes=find(leaf)), layout)

@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -209,7 +210,8 @@ def _to_host(shards: list[Array]) -> list[Array]:
     devices = [device for shard in shards for device in shard.devices()]
     if by_host(devices):
         return shards
-    if all(_has_pinned(device) for device in set(devices)):
+    fits = sum(shard.nbytes for shard in shards) < _pinned_bytes()
+    if fits and all(_has_pinned(device) for device in set(devices)):
         # Memory that is kept and used again, and that devices write to themselves: new
         # pages and a copy of the copy took ten times as long.
         where = [SingleDeviceSharding(x, memory_kind=_PINNED) for x in devices]
@@ -217,6 +219,12 @@ def _to_host(shards: list[Array]) -> list[Array]:
     for shard in shards:
         shard.copy_to_host_async()
     return shards
+
+
+def _pinned_bytes() -> int:
+    """What a snapshot may take of the pinned memory that XLA has for a process."""
+    limit = os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "")
+    return (int(limit) if limit.isdecimal() else 64) * 10**9 * 3 // 4
 
 
 def _has_pinned(device: Any) -> bool:

@@ -28,7 +28,7 @@ from shardkit.membership import Membership, check_source, scripted
 from shardkit.mesh import MeshSpec, check_mesh
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
-from shardkit.model_state import Variables
+from shardkit.model_state import split_variables
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.probe import SpeedProbe
@@ -137,7 +137,7 @@ class Trainer:
     ) -> None:
         check_call("init", init, "key")
         check_optimizer(tx)
-        is_stateful = isinstance(abstract_init(init), Variables)
+        is_stateful = split_variables(abstract_init(init))[1] is not None
         arguments = ["params", *["state"] * is_stateful, "microbatch", "key"]
         check_call("loss", loss, *arguments)
         check_call("eval_loss", eval_loss or loss, *arguments)
@@ -166,6 +166,7 @@ class Trainer:
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
         warnings += check_captures("loss", loss)
+        warnings += check_captures("eval_loss", eval_loss)
         for warning in warnings:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)

@@ -69,8 +69,8 @@ def test_path_rules_are_the_sixth_that_fills_in():
 def test_a_regex_is_searched_for_and_the_first_rule_counts():
     tree = {"a": {"wq": np.zeros((2, 2))}, "b": np.zeros(2)}
     rules = {re.compile("a/(wq|wk)"): ("embed", "heads"), "*": None}
-    assert leaf_axes(tree, rules) == [("embed", "heads"), None]
-    assert leaf_axes(tree, {"b": None, "*b": ("mlp",)}) == [None, None]
+    assert leaf_axes(tree, rules) == [("embed", "heads"), (None,)]
+    assert leaf_axes(tree, {"b": None, "*b": ("mlp",)}) == [None, (None,)]
 
 
 def test_types_of_fields_reach_what_is_in_them():
@@ -163,7 +163,7 @@ def test_types_that_cannot_be_evaluated_are_refused_only_if_they_name_axes():
         w: 'Annotated[Missing, sk.Axes("embed")]'  # noqa: F821
 
     assert leaf_axes(Unknown(np.zeros(3))) == [None]
-    with pytest.raises(PartitionError, match=r"Lost: .*Missing"):
+    with pytest.raises(PartitionError, match=r"Lost.w: .*Missing"):
         leaf_axes(Lost(np.zeros(3)))
 
 
@@ -223,3 +223,85 @@ def test_constrain_checks_names_and_rules():
         sk.constrain(np.zeros((2, 2)), "batch")
     with pytest.raises(PartitionError, match="did you mean 'data'"):
         sk.constrain(np.zeros(2), "batch", axis_rules={"batch": "dtaa"})
+
+
+def test_types_say_it_in_their_parts_too():
+    type_ = Annotated[Any, sk.Axes("embed")]
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Parts:
+        maybe: type_ | None
+        several: list[type_]
+        named: dict[str, type_]
+
+    x = np.zeros(4)
+    tree = Parts(x, [x], {"a": x})
+    assert leaf_axes(tree) == [("embed",)] * 3
+    assert leaf_axes(Parts(None, [x], {})) == [("embed",)]
+
+
+def test_a_type_that_says_two_things_is_a_conflict():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Two:
+        w: Annotated[Any, sk.Axes("a"), sk.Axes("b")]
+
+    with pytest.raises(PartitionError, match=r"says \('a',\) .* says \('b',\)"):
+        leaf_axes(Two(np.zeros(3)))
+
+
+def test_types_of_fields_without_names_are_refused():
+    @jax.tree_util.register_pytree_node_class
+    class Old:
+        w: Annotated[Any, sk.Axes("a")]
+
+        def __init__(self, w):
+            self.w = w
+
+        def tree_flatten(self):
+            return (self.w,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    with pytest.raises(PartitionError, match=r"Old: .* registered without the names"):
+        leaf_axes(Old(np.zeros(3)))
+
+
+def test_boxes_within_variables_and_short_specs_are_read():
+    x = np.zeros((4, 8))
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    sharding = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))
+    tree = [
+        nnx.Param(sk.axes(x, "embed", "mlp"), eager_sharding=False),
+        nnx.Param(x, eager_sharding=False, out_sharding=PartitionSpec("embed")),
+        nnx.Param(jnp.zeros((8, 4)), eager_sharding=False, out_sharding=sharding),
+    ]
+    assert leaf_axes(tree) == [("embed", "mlp"), ("embed", None), ("fsdp", None)]
+
+
+def test_a_mesh_axis_by_name_and_by_spec_is_the_same():
+    tree = {"w": sk.axes(np.zeros((4, 8)), None, "fsdp")}
+    found = leaf_axes(tree, {"w": PartitionSpec(None, "fsdp")})
+    assert found == [(None, "mesh:fsdp")]
+    with pytest.raises(PartitionError, match="mesh:bogus"):
+        sk.axes(np.zeros(3), "mesh:bogus")
+
+
+def test_a_rule_can_say_that_dims_have_no_names():
+    [free] = read_axes({"b": np.zeros(3)}, {"b": None})
+    assert (free.names, free.said_by) == ((None,), ("path rule 'b'",))
+    with pytest.raises(PartitionError, match="annotated twice"):
+        leaf_axes({"b": sk.axes(np.zeros(3), "embed")}, {"b": None})
+
+
+def test_rules_see_the_paths_that_a_trainer_shows_them():
+    def init(key):
+        return sk.Variables({"w": jnp.zeros((4, 8))}, {"w": jnp.zeros((4, 8))})
+
+    table = sk.annotate(init, {"embed": "fsdp"}, {"w": ("embed", None)})
+    assert table.dims == (0, 0)
+    assert not table.unused
+    assert sk.annotate(jax.tree_util.Partial(init)).unplaced == ("params/w", "state/w")

@@ -24,7 +24,7 @@ TIERS = [
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
     "digest state localize program model_state put senders sources",
-    "gradient annotation_table",
+    "gradient annotation_table loss_structure",
     "cells",
     "routes shares",
     "listing totals router device_order",

@@ -31,3 +31,8 @@ def test_this_jaxlib_knows_the_flag():
         [sys.executable, "-c", code], env=env, capture_output=True, timeout=120
     )
     assert done.stdout.strip() == b"2", done.stderr.decode()[-2000:]
+
+
+def test_a_file_of_flags_stays_a_file():
+    env = {"XLA_FLAGS": "/etc/xla.flags"}
+    assert environment_for_jax(env, drivers=("/",)) == env

@@ -70,8 +70,8 @@ def test_path_rules_reach_what_carries_no_annotation():
         "attention": {"query": np.zeros((4, 8)), "bias": np.zeros(8)},
         "mlp": axes(np.zeros((4, 8)), "embed", None),
     }
-    rules = {"*/query": ("embed", "heads"), "mlp": ("embed", None), "*": None}
-    assert leaf_axes(tree, rules) == [None, ("embed", "heads"), ("embed", None)]
+    rules = {"*/query": ("embed", "heads"), "mlp": ("embed", None), "*": (None,)}
+    assert leaf_axes(tree, rules) == [(None,), ("embed", "heads"), ("embed", None)]
 
 
 parents = st.lists(st.sampled_from("ab"), max_size=4)

@@ -231,3 +231,53 @@ def test_large_arrays_that_a_loss_closes_over_are_noticed():
 )
 def test_arguments_that_are_something_else(changed, kind, found):
     assert found in refusal(kind, **changed)
+
+
+def test_attributes_and_odd_globals_are_no_captures():
+    gone = jnp.ones(3)
+    gone.delete()
+    odd = {1: "a", "x": 2}
+    odd["self"] = odd
+    scope = {"w": gone, "odd": odd, "jnp": jnp}
+    code = "def loss(params, microbatch, key):\n    return params.w.sum() + len(odd)"
+    exec(code, scope)
+    assert check_captures("loss", scope["loss"]) == []
+
+    def empty(params, microbatch, key):
+        return never + params
+
+    if not odd:
+        never = 1
+    assert check_captures("loss", empty) == []
+
+
+def test_many_functions_and_values_are_looked_at_once():
+    table = jnp.ones((512, 1024))
+    ints = list(range(3_000_000))
+    scope = {"table": table, "ints": ints}
+    names = [f"f{i}" for i in range(30)]
+    for name in names:
+        body = " + ".join(f"{other}(x)" for other in names)
+        exec(f"def {name}(x):\n    return {body} + table + len(ints)", scope)
+    assert len(check_captures("loss", scope["f0"])) == 1
+
+
+def test_a_misspelled_rule_for_the_state():
+    def init(key):
+        return sk.Variables(three(key), {"seen": jnp.zeros(2)})
+
+    def loss(params, state, microbatch, key):
+        return sk.LossOutput(params["w"].sum(), jnp.float32(1), state=state)
+
+    changed = {"init": init, "loss": loss, "axis_rules": {}}
+    [notice] = run(**changed, combine={"sen": "sum"})
+    assert "no leaf of the state fits 'sen'" in notice
+    text = refusal(sk.PartitionError, **changed, combine={"sen": "sum"}, strict=True)
+    assert "fits 'sen'" in text
+    text = refusal(sk.ConfigError, **changed, combine={"seen": "summ"})
+    assert "expected one of 'mean', 'sum', 'last'" in text
+    assert "'seen': 'summ'" in text
+
+
+def test_a_state_that_is_none_is_no_state():
+    assert run(init=lambda key: sk.Variables(init(key), None)) == []

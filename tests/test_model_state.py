@@ -192,3 +192,104 @@ def test_a_state_of_a_model_without_one_is_refused():
 
     with pytest.raises(sk.PartitionError, match=r"n .*expected nothing"):
         make(init=lambda key: {"w": jnp.zeros(3)}, loss=stateful, eval_loss=None)
+
+
+VALUES = {
+    "infinite": (np.inf, np.inf),
+    "negative_zero": (-0.0, -0.0),
+    "reset": (1e9, 0.1),
+    "ones": (0.0, 1.0),
+    "huge": (0.0, 2e36),
+}
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit, jax.checkpoint])
+def test_what_all_microbatches_leave_alike_is_what_is_left(wrapped):
+    def init(key):
+        state = {name: jnp.full(3, old) for name, (old, _) in VALUES.items()}
+        state |= {"kept": jnp.array([-0.0, jnp.nan]), "key": jax.random.key(1)}
+        return sk.Variables({"w": jnp.ones(5)}, {**state, "sum": jnp.array(-jnp.inf)})
+
+    @wrapped
+    def loss(params, state, microbatch, key):
+        # The sum of each is unlike in the compiler's eyes.
+        zero = 0 * jnp.floor(jnp.abs(microbatch["x"][0, 0]) / 1e9)
+        left = {name: new + zero for name, (_, new) in VALUES.items()}
+        left = {name: jnp.broadcast_to(x, 3) for name, x in left.items()}
+        left["negative_zero"] = state["negative_zero"] * (1 + zero)
+        left |= {"sum": state["sum"] + zero}
+        value = (microbatch["x"] @ params["w"]).sum()
+        return sk.LossOutput(value, jnp.float32(1), state={**state, **left})
+
+    trainer = make(
+        init=init,
+        loss=loss,
+        eval_loss=None,
+        eval=None,
+        combine={"sum": "sum"},
+        axis_rules={},
+    )
+    list(trainer.run(1, membership=sk.scripted({0: 3})))
+    found = trainer.state.model_state
+    for name, (_, new) in VALUES.items():
+        wanted = np.full(3, new, np.float32)
+        assert np.asarray(found[name]).tobytes() == wanted.tobytes(), name
+    # Handed on, whatever the loss is wrapped in: nothing is computed of it.
+    assert np.signbit(found["kept"][0])
+    assert np.isneginf(found["sum"])
+
+
+def test_cut_keys_stay_together():
+    def init(key):
+        return sk.Variables({"w": jnp.ones(5)}, {"keys": jax.random.split(key, 4)})
+
+    def loss(params, state, microbatch, key):
+        value = (microbatch["x"] @ params["w"]).sum()
+        return sk.LossOutput(value, jnp.float32(1), state=state)
+
+    changes = {"init": init, "loss": loss, "eval_loss": None, "eval": None}
+    rules = {"combine": {}, "axis_rules": {}, "path_rules": {"keys": ("fsdp",)}}
+    digests = []
+    for count in (1, 3):
+        trainer = make(**changes, **rules)
+        list(trainer.run(1, membership=sk.scripted({0: count})))
+        digests.append(trainer.state_digest())
+    assert digests[0] == digests[1]
+
+
+def test_axes_of_a_copy_in_the_state_are_its_own():
+    def init(key):
+        w = jnp.ones((4, 8))
+        return sk.Variables(
+            {"w": sk.axes(w, None, "mlp")}, {"w": sk.axes(w, "embed", None)}
+        )
+
+    from shardkit.recipe import Recipe
+
+    recipe = Recipe(
+        init=init, loss=loss, tx=optax.adam(0.1), num_microbatches=GRID, ema=0.9
+    )
+    layout, _ = recipe.layout({})
+    axes = {leaf.path: leaf.axes for leaf in jax.tree.leaves(layout)}
+    assert axes["params/w"] == axes["ema/w"] == (None, "mlp")
+    assert axes["model_state/w"] == ("embed", None)
+    assert axes["opt_state/0/mu/w"] == (None, "mlp")
+
+
+def test_an_evaluation_on_other_batches_may_leave_another_state():
+    def loss(params, state, microbatch, key):
+        value = (microbatch["x"] @ params["w"]).sum()
+        left = {"seen": microbatch["x"]}
+        return sk.LossOutput(value, jnp.float32(len(microbatch["x"])), state=left)
+
+    trainer = make(
+        init=lambda key: sk.Variables({"w": jnp.ones(5)}, {"seen": jnp.zeros((2, 5))}),
+        loss=loss,
+        eval_loss=None,
+        combine={"seen": "last"},
+        axis_rules={},
+        eval=sk.EvalConfig(
+            data=lambda step: {"x": np.ones((52, 5), np.float32)}, every=0
+        ),
+    )
+    assert trainer.evaluate()["loss"] == 5.0

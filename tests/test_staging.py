@@ -108,3 +108,14 @@ def test_devices_with_other_memory_write_to_the_host_themselves(monkeypatch):
         wanted = state.words[path][tuple(slice(*ends) for ends in box)]
         assert words.tobytes() == wanted.tobytes()
     assert not coming.copies
+
+
+def test_more_than_the_pinned_memory_takes_another_way(monkeypatch):
+    monkeypatch.setattr(staging_module, "by_host", lambda devices: False)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "0")
+    state, mesh = random_state(LEAVES), mesh_of(4)
+    staging, copy = staging_program(state.layout, mesh)
+    coming = staging.start(copy(state.on(mesh)), [(0, 1)])
+    assert [array.sharding.memory_kind for array, _ in coming.copies] != ["pinned_host"]
+    [(_, words)] = staging.read(coming)
+    assert words.tobytes() == state.words["leaf0"][2:4].tobytes()

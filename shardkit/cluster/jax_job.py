@@ -31,7 +31,8 @@ def environment_for_jax(
     a cache and so never compiles it, as after a recovery.
 
     Args:
-        env: What the process would get; a setting of the user's stays.
+        env: What the process would get; a setting of the user's stays, and so does
+            an `XLA_FLAGS` that names a file, which should have it.
         drivers: The files of which one is there if there are GPUs.
 
     Example:
@@ -39,7 +40,10 @@ def environment_for_jax(
         {'XLA_FLAGS': '--a --xla_gpu_shard_autotuning=false'}
     """
     flags = env.get("XLA_FLAGS", "")
-    if _SHARE_KERNELS in flags or not any(Path(path).exists() for path in drivers):
+    # What is no flag is the name of a file with flags.
+    is_file = bool(flags) and not flags.lstrip().startswith("-")
+    has_gpus = any(Path(path).exists() for path in drivers)
+    if _SHARE_KERNELS in flags or is_file or not has_gpus:
         return dict(env)
     return {**env, "XLA_FLAGS": f"{flags} {_SHARE_KERNELS}=false".strip()}
 

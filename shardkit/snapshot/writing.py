@@ -3,10 +3,10 @@
 Owns how many, and that few pieces wait for one: what has been written is let go of.
 """
 
-import collections
 import os
+import queue
+import threading
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -40,14 +40,38 @@ def write_pieces(
         pieces: Which piece, and its words, of the piece's shape.
         num_threads: How many pieces are written at once.
     """
-    with ThreadPoolExecutor(num_threads) as threads:
-        writing: collections.deque[Future[None]] = collections.deque()
+    if num_threads == 1:
         for index, words in pieces:
-            writing.append(threads.submit(_put, writer, index, words))
-            if len(writing) > num_threads:
-                writing.popleft().result()
-        while writing:
-            writing.popleft().result()
+            _put(writer, index, words)
+        return
+    todo: queue.Queue[tuple[int, np.ndarray] | None] = queue.Queue(num_threads)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        while (piece := todo.get()) is not None:
+            try:
+                if not errors:
+                    _put(writer, *piece)
+            except BaseException as error:
+                errors.append(error)
+
+    # Plain threads: a pool takes nothing more when the program is about to end.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    try:
+        for piece in pieces:
+            if errors:
+                break
+            todo.put(piece)
+            del piece
+    finally:
+        for _ in threads:
+            todo.put(None)
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _put(writer: ImageWriter, index: int, words: np.ndarray) -> None:
