@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import shardkit as sk
+from shardkit.recipe import Recipe
 
 ROWS, WIDTH, GRID = 26, 7, 13
 DECAY = 0.9
@@ -263,8 +264,6 @@ def test_axes_of_a_copy_in_the_state_are_its_own():
         return sk.Variables(
             {"w": sk.axes(w, None, "mlp")}, {"w": sk.axes(w, "embed", None)}
         )
-
-    from shardkit.recipe import Recipe
 
     recipe = Recipe(
         init=init, loss=loss, tx=optax.adam(0.1), num_microbatches=GRID, ema=0.9
