@@ -21,6 +21,7 @@ from shardkit.controller import Controller
 from shardkit.errors import ConfigError
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
+from shardkit.layout import LeafLayout
 from shardkit.logical_axes import AxisRules
 from shardkit.loop import train
 from shardkit.membership import Membership, check_source, scripted
@@ -161,6 +162,7 @@ class Trainer:
         layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
+        self._layout = layout
         for warning in warnings:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
@@ -231,6 +233,11 @@ class Trainer:
         """
         controller = self._controller
         return controller.placements.inspect(num_devices or controller.num_devices)
+
+    @property
+    def layout(self) -> list[LeafLayout]:
+        """Every leaf of the state, and the dim of it that `fsdp` cuts on any mesh."""
+        return jax.tree.leaves(self._layout)
 
     @property
     def saved_steps(self) -> list[int]:
