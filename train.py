@@ -274,6 +274,7 @@ def train_to_end(
         on_step: Called with the metrics of every step.
     """
     config = watch.directory.config
+    watch.describe(trainer.layout, corpus_digest=corpus_digest)
     if trainer.step > config.train.steps:
         watch.terminal.line(
             f"{watch.directory.path}: is at step {trainer.step} already, beyond step "
@@ -320,7 +321,7 @@ def begin(
         trainer.restore(remap=arguments.remap, source=arguments.source)
         # From now on it is this run's own, also for who goes on with it.
         trainer.save()
-    watch.begin(trainer.step)
+    watch.begin(trainer.step, source=arguments.source)
 
 
 def compare(

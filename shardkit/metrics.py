@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from shardkit.errors import NonFiniteError
-from shardkit.mesh import mesh_sizes
+from shardkit.mesh import device_ids, mesh_sizes
 from shardkit.placement import Placement
 
 __all__ = ["Pending", "StepMetrics"]
@@ -32,6 +32,7 @@ class StepMetrics:
             saw the end of this one, while steps follow one another. None where other
             work came before or after the step: a start, a change of devices, an
             evaluation, a save, the end.
+        device_ids: Of these devices, in the order of the mesh; none if not known.
     """
 
     step: int
@@ -39,6 +40,7 @@ class StepMetrics:
     mesh: dict[str, int]
     values: Mapping[str, Array]
     step_s: float | None
+    device_ids: tuple[int, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -107,4 +109,5 @@ class Pending:
             mesh=mesh_sizes(placement.mesh),
             values=values,
             step_s=None,
+            device_ids=device_ids(placement.mesh),
         )

@@ -22,6 +22,7 @@ from shardkit.errors import ConfigError
 from shardkit.evaluation import EvalConfig, evaluate
 from shardkit.events import EventLog
 from shardkit.functions import abstract_init, check_captures
+from shardkit.layout import LeafLayout
 from shardkit.logical_axes import AxisRules
 from shardkit.loop import train
 from shardkit.membership import Membership, check_source, scripted
@@ -167,6 +168,7 @@ class Trainer:
         )
         warnings += check_captures("loss", loss)
         warnings += check_captures("eval_loss", eval_loss)
+        self._layout = layout
         for warning in warnings:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
@@ -237,6 +239,11 @@ class Trainer:
         """
         controller = self._controller
         return controller.placements.inspect(num_devices or controller.num_devices)
+
+    @property
+    def layout(self) -> list[LeafLayout]:
+        """Every leaf of the state, and the dim of it that `fsdp` cuts on any mesh."""
+        return jax.tree.leaves(self._layout)
 
     @property
     def saved_steps(self) -> list[int]:

@@ -351,6 +351,7 @@ def test_extras_come_with_a_run(tmp_path, terminal, out):
         emit_change(log, first_step_s=0.5)
         report.draw()
         assert report.picture_row() == {
+            "report": str(directory.report),
             "picture": str(directory.picture),
             "changes": str(directory.timeline),
         }

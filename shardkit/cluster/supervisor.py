@@ -10,6 +10,7 @@ import asyncio
 import json
 import socket
 import sys
+import time
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from shardkit.cluster.agent import MAX_CONTENT_BYTES
 from shardkit.cluster.generations import Machine
+from shardkit.cluster.kept_recoveries import keep_recoveries
 from shardkit.cluster.orders import EndHost, EndRun, Order, Save, Send, StartHost, Tell
 from shardkit.cluster.processes import die_with_parent
 from shardkit.cluster.salvage import Answer
@@ -156,6 +158,12 @@ class Supervisor:
                 self._unsaved = str(error)
                 text = f"what the supervisor knows cannot be saved: {error}"
                 self._launcher.post({"type": "tell", "text": text})
+        offset_s = time.time() - self._loop.time()
+        keep_recoveries(
+            self._history.facts.get("out"),
+            [recovery.record(offset_s) for recovery in self._machine.recoveries],
+            begun_unix_s=self._history.began_unix_s,
+        )
 
     async def _met(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

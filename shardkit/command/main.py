@@ -24,6 +24,7 @@ from shardkit.command import (
     launch_verb,
     merge_verb,
     remap_verb,
+    report_verb,
     status_verb,
     verify_verb,
 )
@@ -41,7 +42,12 @@ _VERBS = {
     "export": export_verb,
     "import": import_verb,
 }
-_COMMANDS = {"launch": launch_verb, "status": status_verb, "chaos": chaos_verb}
+_COMMANDS = {
+    "launch": launch_verb,
+    "status": status_verb,
+    "chaos": chaos_verb,
+    "report": report_verb,
+}
 _BAD_INPUT = 2
 _EPILOG = """\
 PATH is the directory of a run, of its checkpoints or of one step, of shardkit's or

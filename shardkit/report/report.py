@@ -1,11 +1,13 @@
 """One run, reported to everything that shows or keeps it."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from shardkit.events import Event
+from shardkit.report.environment import environment
+from shardkit.report.events_file import EventsFile
 from shardkit.report.jsonl import (
     MetricsFile,
     StepLike,
@@ -15,6 +17,8 @@ from shardkit.report.jsonl import (
     reconfigure_record,
     step_record,
 )
+from shardkit.report.layout_file import write_layout
+from shardkit.report.page import write_report
 from shardkit.report.picture import write_picture
 from shardkit.report.run_dir import RunDirectory
 from shardkit.report.summary import summary_rows
@@ -60,10 +64,14 @@ class Report:
         self._metrics: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
         self._trace: TraceFile | None = None
+        self._events = EventsFile()
         self._change: Event | None = None
+        self._source: Path | None = None
         self._is_waiting = False
 
-    def begin(self, first_step: int, *, is_read: bool = True) -> None:
+    def begin(
+        self, first_step: int, *, is_read: bool = True, source: Path | None = None
+    ) -> None:
         """Opens the files, once it is sure that the run can start.
 
         Args:
@@ -71,22 +79,37 @@ class Report:
                 later ones is cut.
             is_read: Whether that is certain. Else it begins where an event says that
                 a state was restored.
+            source: Of which other run it has the state; None for its own.
         """
         self.directory.prepare()
+        self._source = source
         self._metrics = MetricsFile(self.directory.metrics)
         self._metrics.truncate(first_step)
         name = self.directory.path.name
         self._trace = TraceFile(self.directory.trace, label=name)
+        self._events.open(self.directory.events)
         if self._extras:
             self._say_what_is_missing()
         self._is_waiting = not is_read
         if is_read:
             self._say_begin(first_step)
 
+    def describe(self, leaves: Iterable[Any], *, corpus_digest: str | None) -> None:
+        """Writes what is computed on what, for whoever looks at the run.
+
+        Args:
+            leaves: Of the state, as `Trainer.layout` gives them.
+            corpus_digest: Of the data; None if it has none.
+        """
+        write_layout(self.directory.layout, leaves)
+        found = {"facts": environment(), "corpus_digest": corpus_digest}
+        self._events.append("environment", **found)
+
     def step(self, metrics: StepLike) -> None:
         """Reports a step."""
         if self._trace is not None:
             self._trace.step(metrics)
+        self._events.step(metrics)
         self._tell(metrics)
 
     def _tell(self, metrics: StepLike) -> None:
@@ -105,6 +128,7 @@ class Report:
         trace = self._trace
         if trace is not None:
             trace.event(event)
+        self._events.event(event)
         fields = event.fields
         if event.name == "notice":
             self.terminal.line(fields["message"], style="yellow")
@@ -158,7 +182,11 @@ class Report:
         self.terminal.table(self.label, rows | self.picture_row())
 
     def draw(self, twin: Path | None = None) -> None:
-        """Draws the pictures, over the loss of a twin's metrics if there are any."""
+        """Draws the page and the pictures, over the loss of a twin if there is one."""
+        try:
+            write_report(self.directory.path)
+        except Exception as error:  # as below
+            self.terminal.line(f"no report: {error}", style="yellow")
         if not importlib.util.find_spec("matplotlib"):
             return
         records, title = read_records(self.directory.metrics), self.directory.path.name
@@ -175,7 +203,11 @@ class Report:
 
     def picture_row(self) -> dict[str, str]:
         """Returns what a table shows of the pictures, if there are any."""
-        paths = {"picture": self.directory.picture, "changes": self.directory.timeline}
+        paths = {
+            "report": self.directory.report,
+            "picture": self.directory.picture,
+            "changes": self.directory.timeline,
+        }
         return {
             name: str(path)
             for name, path in paths.items()
@@ -185,6 +217,7 @@ class Report:
     def close(self) -> None:
         """Closes everything; a second call does nothing."""
         self.terminal.end()
+        self._events.close()
         for file in (self._metrics, self._tensorboard, self._trace):
             if file is not None:
                 file.close()
@@ -199,6 +232,8 @@ class Report:
     def _say_begin(self, first_step: int) -> None:
         if self._trace is not None:
             self._trace.mark("begin", step=first_step)
+        source = None if self._source is None else str(self._source)
+        self._events.append("begin", step=first_step, source=source)
         if self._extras and importlib.util.find_spec("tensorboardX"):
             self._tensorboard = TensorBoard(self.directory.tensorboard, first_step)
         train = self.directory.config.train

@@ -79,6 +79,21 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """The file of what happened beside the steps."""
+        return self.path / "events.jsonl"
+
+    @property
+    def layout(self) -> Path:
+        """The file of the leaves of the state."""
+        return self.path / "layout.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows all of it."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """The directory of checkpoints."""
         return self.path / "checkpoints"
