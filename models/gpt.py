@@ -19,11 +19,9 @@ References:
     Shazeer, GLU Variants Improve Transformer (2020).
 """
 
-import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,115 +29,27 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import shardkit as sk
+from models.generation import sampler
+from models.gpt_config import GPTConfig, checked_config
 
-__all__ = ["GPT", "GPTConfig", "build"]
+__all__ = [
+    "AXIS_RULES",
+    "GPT",
+    "Attention",
+    "GPTConfig",
+    "Norm",
+    "build",
+    "fold_in",
+    "normal",
+    "score",
+]
 
 AXIS_RULES: dict[str, str | None] = {
     "embed": "fsdp",
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), "tensor"),
 }
-DType = Literal["float32", "bfloat16"]
 Dims = Mapping[str, int]
 FloatBTD = Float[Array, "B T D"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GPTConfig:
-    """The options of a model; the defaults make a small Llama over bytes.
-
-    Raises:
-        ConfigError: Naming every option with a value that cannot be used.
-    """
-
-    vocab_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4  # of the queries
-    num_kv_heads: int | None = None  # shared by groups of query heads; None: num_heads
-    embed_dim: int = 128  # the width of the residual stream
-    mlp_dim: int = 384
-    max_sequence_length: int = 256
-    norm: Literal["rms", "layer"] = "rms"  # before sublayers and before the logits
-    positions: Literal["rope", "learned"] = "rope"
-    rope_theta: float = 10_000.0  # the base of RoPE's wavelengths
-    mlp: Literal["swiglu", "gelu"] = "swiglu"
-    use_bias: bool = False  # in projections and layer norms
-    tie_embeddings: bool = True  # the embedding table also makes the logits
-    dropout: float = 0.0
-    remat: bool = False  # compute blocks anew in the backward pass, to save memory
-    scan_layers: bool = False  # stack the blocks and loop, to compile faster
-    compute_dtype: DType = "float32"  # norms, softmax and loss are always float32
-    param_dtype: DType = "float32"
-
-    def __post_init__(self):
-        _check(self)
-
-    @property
-    def head_dim(self) -> int:
-        """The width of one head."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, with the default filled in."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @classmethod
-    def gpt2(cls, **overrides: Any) -> "GPTConfig":
-        """Returns GPT-2 124M, with what is overridden."""
-        data = {"vocab_size": 50_257, "max_sequence_length": 1024, "dropout": 0.1}
-        sizes = {"num_layers": 12, "num_heads": 12, "embed_dim": 768, "mlp_dim": 3072}
-        kinds = {"norm": "layer", "positions": "learned", "mlp": "gelu"}
-        return _config(data | sizes | kinds | {"use_bias": True} | overrides)
-
-    @classmethod
-    def llama(cls, **overrides: Any) -> "GPTConfig":
-        """Returns Llama 3.2 1B, its RoPE not stretched, with what is overridden."""
-        sizes = {"num_layers": 16, "num_heads": 32, "embed_dim": 2048, "mlp_dim": 8192}
-        rest = {"num_kv_heads": 8, "rope_theta": 500_000.0, "vocab_size": 128_256}
-        return _config(sizes | rest | {"max_sequence_length": 8192} | overrides)
-
-
-def _config(options: Mapping[str, Any]) -> GPTConfig:
-    known = [field.name for field in dataclasses.fields(GPTConfig)]
-    if unknown := sorted(set(options).difference(known)):
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        raise sk.ConfigError(
-            f"models.gpt: unknown option {', '.join(map(repr, unknown))}; "
-            + f"did you mean {close[0]!r}? " * len(close)
-            + f"The options are preset, {', '.join(known)}."
-        )
-    return GPTConfig(**options)
-
-
-def _check(config: GPTConfig) -> None:
-    expected: dict[str, str] = {}
-    for field in dataclasses.fields(GPTConfig):
-        name, value, kind = field.name, getattr(config, field.name), field.type
-        # By exact type: True is an instance of int.
-        accepted: Any = {float: (int, float), int | None: (int, type(None))}
-        if get_origin(kind) is Literal:
-            if value not in get_args(kind):
-                expected[name] = f"one of {', '.join(get_args(kind))}"
-        elif type(value) not in accepted.get(kind, (kind,)):
-            expected[name] = getattr(kind, "__name__", str(kind))
-        elif kind in (int, int | None) and value is not None and value < 1:
-            expected[name] = "at least 1"
-    if not expected:
-        multiple = config.num_heads * (2 if config.positions == "rope" else 1)
-        if not 0.0 <= config.dropout < 1.0:
-            expected["dropout"] = "at least 0 and less than 1"
-        if not config.rope_theta > 0.0:
-            expected["rope_theta"] = "more than 0"
-        if config.embed_dim % multiple:
-            expected["embed_dim"] = (
-                f"a multiple of {multiple} (heads, twice that for rope)"
-            )
-        if config.num_heads % config.kv_heads:
-            expected["num_kv_heads"] = f"a divisor of num_heads = {config.num_heads}"
-    if expected:
-        found = [(name, text, getattr(config, name)) for name, text in expected.items()]
-        lines = (f"{name}: expected {text}, found {v!r}" for name, text, v in found)
-        raise sk.ConfigError("GPTConfig: " + "; ".join(lines) + ".")
 
 
 def _param(value: Array, *names: str) -> nnx.Param:
@@ -147,7 +57,8 @@ def _param(value: Array, *names: str) -> nnx.Param:
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
-def _normal(config: GPTConfig, dims: Dims, rngs: nnx.Rngs, scale=1.0) -> nnx.Param:
+def normal(config: GPTConfig, dims: Dims, rngs: nnx.Rngs, scale=1.0) -> nnx.Param:
+    """Draws a parameter with deviation 0.02 · `scale`; its dims name its axes."""
     dtype = jnp.dtype(config.param_dtype)
     value = jax.random.normal(rngs.params(), tuple(dims.values()), dtype)
     return _param(0.02 * scale * value, *dims)
@@ -157,7 +68,8 @@ def _constant(config: GPTConfig, dims: Dims, value: float) -> nnx.Param:
     return _param(jnp.full(tuple(dims.values()), value, config.param_dtype), *dims)
 
 
-def _fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None:
+def fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None:
+    """Derives the key of a place in the network; of no key, none."""
     return None if key is None else jax.random.fold_in(key, index)
 
 
@@ -168,7 +80,7 @@ class Linear(nnx.Module):
         self, config: GPTConfig, equation: str, dims: Dims, rngs: nnx.Rngs, scale=1.0
     ):
         self.equation = equation
-        self.kernel = _normal(config, dims, rngs, scale)
+        self.kernel = normal(config, dims, rngs, scale)
         # The bias has the dims of the output but for B and T.
         num_out = len(equation.split("->BT")[1])
         bias_dims = dict(list(dims.items())[-num_out:])
@@ -190,6 +102,7 @@ class Norm(nnx.Module):
         self.bias = _constant(config, dims, 0.0) if has_bias else None
 
     def __call__(self, x_BTD: FloatBTD) -> FloatBTD:
+        """Normalises every position by itself."""
         y_BTD = x_BTD.astype(jnp.float32)
         if self.subtract_mean:
             y_BTD = y_BTD - jnp.mean(y_BTD, axis=-1, keepdims=True)
@@ -226,6 +139,7 @@ class Attention(nnx.Module):
         self.out = Linear(config, "BTHK,HKD->BTD", heads | embed, rngs, scale)
 
     def __call__(self, x_BTD: FloatBTD) -> FloatBTD:
+        """Lets every position look at itself and those before it."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.theta is not None:
             q_BTHK, k_BTGK = _rotate(q_BTHK, self.theta), _rotate(k_BTGK, self.theta)
@@ -265,9 +179,9 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: FloatBTD, key: PRNGKeyArray | None) -> FloatBTD:
         y_BTD = self.attention(self.attention_norm(x_BTD))
-        x_BTD = x_BTD + sk.nn.dropout(y_BTD, _fold_in(key, 0), self.dropout)
+        x_BTD = x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 0), self.dropout)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + sk.nn.dropout(y_BTD, _fold_in(key, 1), self.dropout)
+        return x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 1), self.dropout)
 
 
 class GPT(nnx.Module):
@@ -284,7 +198,7 @@ class GPT(nnx.Module):
         embed, vocab = {"embed": config.embed_dim}, {"vocab": config.vocab_size}
         position = {"position": config.max_sequence_length}
         is_learned, is_tied = config.positions == "learned", config.tie_embeddings
-        table = functools.partial(_normal, config, rngs=rngs)
+        table = functools.partial(normal, config, rngs=rngs)
         self.embedding = table(vocab | embed)
         self.position_embedding = table(position | embed) if is_learned else None
         self.head = None if is_tied else table(embed | vocab)
@@ -322,7 +236,7 @@ class GPT(nnx.Module):
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding[None, :length].astype(dtype)
         # Index 0 is the embeddings', layers follow from 1.
-        x_BTD = sk.nn.dropout(x_BTD, _fold_in(key, 0), self.config.dropout)
+        x_BTD = sk.nn.dropout(x_BTD, fold_in(key, 0), self.config.dropout)
         x_BTD = self.final_norm(self._run_layers(x_BTD, key))
         if self.head is None:
             return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD)
@@ -333,7 +247,7 @@ class GPT(nnx.Module):
         graphdef = nnx.graphdef(self.layers if scan else self.layers[0])
 
         def run(x_BTD, state, index):
-            return nnx.merge(graphdef, state)(x_BTD, _fold_in(key, index))
+            return nnx.merge(graphdef, state)(x_BTD, fold_in(key, index))
 
         if self.config.remat:
             # Outside a scan, XLA's CSE would undo the recomputation.
@@ -373,7 +287,7 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
             f"models.gpt: preset: expected one of {', '.join(presets)}, or none at "
             f"all, found {preset!r}."
         )
-    config = presets[preset](**overrides) if preset else _config(overrides)
+    config = presets[preset](**overrides) if preset else checked_config(overrides)
 
     def init(key: PRNGKeyArray) -> nnx.State:
         return nnx.state(GPT(config, nnx.Rngs(params=key)), nnx.Param)
@@ -382,19 +296,37 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
     def graphdef() -> nnx.GraphDef:
         return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(params=0))))
 
+    def logits(params: Any, tokens_BT: Any, key: Any = None) -> Array:
+        return nnx.merge(graphdef(), params)(tokens_BT, key)
+
     def loss(params: Any, microbatch: Any, key: PRNGKeyArray | None) -> sk.LossOutput:
-        tokens = microbatch["tokens"]
-        inputs_BT, labels_BT = tokens[:, :-1], tokens[:, 1:]
         dropout_key = None if key is None else sk.keys.stream(key, "dropout")
-        logits_BTV = nnx.merge(graphdef(), params)(inputs_BT, dropout_key)
-        losses_BT = sk.nn.cross_entropy(logits_BTV, labels_BT)
-        is_right_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
-        metrics = {"accuracy": jnp.sum(is_right_BT, dtype=jnp.float32)}
-        return sk.LossOutput(losses_BT.sum(), jnp.float32(losses_BT.size), metrics)
+        inputs_BT = microbatch["tokens"][:, :-1]
+        return score(logits(params, inputs_BT, dropout_key), microbatch)
 
     return sk.Model(
         init=init,
         loss=loss,
         eval_loss=lambda params, microbatch, key: loss(params, microbatch, None),
         axis_rules=AXIS_RULES,
+        sample=sampler(logits, config.vocab_size, config.max_sequence_length),
     )
+
+
+def score(logits_BTV: Float[Array, "B T V"], microbatch: Any) -> sk.LossOutput:
+    """Sums the losses of predicted tokens, of rows with a weight times that weight.
+
+    Args:
+        logits_BTV: Of `microbatch["tokens"][:, :-1]`.
+        microbatch: `{"tokens": int32 [rows, T + 1]}`, and perhaps `"weight"` of rows.
+    """
+    labels_BT = microbatch["tokens"][:, 1:]
+    losses_BT = sk.nn.cross_entropy(logits_BTV, labels_BT)
+    is_right_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
+    num_tokens = jnp.float32(losses_BT.size)
+    if "weight" in microbatch:
+        weight_B1 = microbatch["weight"][:, None]
+        losses_BT, is_right_BT = losses_BT * weight_B1, is_right_BT * weight_B1
+        num_tokens = weight_B1.sum() * losses_BT.shape[1]
+    metrics = {"accuracy": jnp.sum(is_right_BT, dtype=jnp.float32)}
+    return sk.LossOutput(losses_BT.sum(), num_tokens, metrics)

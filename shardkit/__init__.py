@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shardkit import keys as keys
     from shardkit import nn as nn
     from shardkit.checkpoint import CheckpointConfig as CheckpointConfig
+    from shardkit.clipping import clip_spikes as clip_spikes
     from shardkit.errors import CertificateError as CertificateError
     from shardkit.errors import ConfigError as ConfigError
     from shardkit.errors import DamagedError as DamagedError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from shardkit.errors import SaveError as SaveError
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.evaluation import EvalConfig as EvalConfig
+    from shardkit.evaluation import FixedSet as FixedSet
     from shardkit.events import EventLog as EventLog
     from shardkit.logical_axes import axes as axes
     from shardkit.logical_axes import infer_shardings as infer_shardings
@@ -53,10 +55,11 @@ if TYPE_CHECKING:
 _MODULES = ("checkpoint", "data", "keys", "nn")
 _HOMES = {
     "checkpoint": "CheckpointConfig",
+    "clipping": "clip_spikes",
     "errors": "CertificateError ConfigError DamagedError DataError Halted InexactError "
     "LostStateError MembershipError MeshError NonFiniteError PartitionError Preempted "
     "RestoreError SaveError ShardkitError",
-    "evaluation": "EvalConfig",
+    "evaluation": "EvalConfig FixedSet",
     "events": "EventLog",
     "logical_axes": "axes infer_shardings",
     "membership": "Lost combine scripted signals watch_file",

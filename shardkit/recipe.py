@@ -17,15 +17,16 @@ import optax
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import ConfigError, InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
 from shardkit.keys import stream
 from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
-from shardkit.model import call_loss
+from shardkit.model import LossOutput, call_loss
 from shardkit.model_state import Combiner, check_state, split_variables
+from shardkit.noise import METRICS, structure_with_squares, take_noise
 from shardkit.shards import Shards
 from shardkit.state import TrainState, make_layout
 from shardkit.tree import format_table, named_leaves
@@ -36,7 +37,7 @@ _MAX_ROUNDS = 8
 # Zero gradients are finite at any scale, which must not grow until nothing else is.
 _MAX_SCALE = 2.0**60
 # Metrics that every step has.
-_TAKEN = {"loss", "weight", "grad_norm", "gradient_passes"}
+_TAKEN = {"loss", "weight", "grad_norm", "gradient_passes", *METRICS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ class Recipe:
         ema: Decay of a moving average of the parameters, or None.
         loss_scale: How the loss is scaled, or None.
         combine: Glob over paths of the model's state → one of `model_state.COMBINE`.
+        noise_scale: Whether the gradient noise scale is measured.
     """
 
     init: Callable[[Any], Any]
@@ -103,11 +105,17 @@ class Recipe:
     ema: float | None = None
     loss_scale: LossScale | None = None
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    noise_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.exact:
             # Refuses what its grid has no room for.
             Accumulator(self.num_microbatches)
+        if self.noise_scale and self.num_microbatches < 2:
+            raise ConfigError(
+                "noise_scale: expected at least 2 microbatches, whose gradients are "
+                f"compared, found {self.num_microbatches}. Use more, or leave it off."
+            )
 
     def first_state(self, root: PRNGKeyArray) -> TrainState:
         """Computes the state before step 0, whole."""
@@ -162,6 +170,20 @@ class Recipe:
                 new, step=state.step + 1, loss_scale=scale, grad_exponent=grad_exponent
             )
         return new, {"grad_norm": norm}
+
+    def metrics(self, out: LossOutput, norm: Array, zero: Array) -> dict[str, Array]:
+        """What is told of a step.
+
+        Args:
+            out: The sums over the global batch.
+            norm: Of the gradient.
+            zero: An int32 zero unknown to the compiler.
+        """
+        found: dict[str, Array] = {}
+        if self.noise_scale:
+            out, found = take_noise(out, norm, zero)
+        found |= {name: x / out.weight for name, x in out.metrics.items()}
+        return found | {"loss": out.loss_sum / out.weight, "weight": out.weight}
 
     def layout(
         self,
@@ -264,15 +286,18 @@ class Recipe:
         combiner = Combiner.plan(
             model_state, is_kept, self.combine, self.num_microbatches, self.exact
         )
-        if self.eval_loss is None and eval_batch is batch:
-            return train, train, combiner
+        evaluation = train
+        if self.eval_loss is not None or eval_batch is not batch:
+            evaluation = self.eval_structure(params, model_state, eval_batch)
+        if self.noise_scale:
+            train = structure_with_squares(train)
+        return train, evaluation, combiner
+
+    def eval_structure(self, params: Any, model_state: Any, batch: Any) -> Any:
+        """Returns what an evaluation on such a batch does; see `output_structure`."""
         name = "loss" if self.eval_loss is None else "eval_loss"
-        loss = self.eval_loss or self.loss
-        return (
-            train,
-            self._loss_structure(name, loss, variables, eval_batch)[0],
-            combiner,
-        )
+        loss, variables = self.eval_loss or self.loss, (params, model_state)
+        return self._loss_structure(name, loss, variables, batch)[0]
 
     def _loss_structure(
         self, name: str, loss: Callable[..., Any], variables: Any, batch: Any
