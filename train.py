@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import shardkit as sk
-from shardkit import build, cli, report, supervised
+from shardkit import build, cli, report, sampling, supervised
 
 
 def main(argv: list[str]) -> int:
@@ -132,6 +132,11 @@ def train_supervised(
     """Runs one config as one of several processes, or one generation of them."""
     if arguments.twin:
         raise sk.ConfigError("--twin: run it without a supervisor, and compare")
+    if arguments.sampling is not None:
+        raise sk.ConfigError(
+            "--sample: no process has all parameters under a supervisor; when the run "
+            "is done, sample with train.py alone, and --resume"
+        )
     config = arguments.config
     built = prepared or Built(arguments, supervision.assignment)
     built.store.join(supervision.member)
@@ -200,6 +205,9 @@ def run_and_compare(
     """
     config = directory.config
     cli.prepare_environment(config.devices, directory.path / "cache")
+    if arguments.sampling is not None:
+        # Who cannot sample is told so before the run, not after it.
+        build.build_sampler(config)
     devices = build.device_pool(config.devices)
     schedule, late = cli.plan_resizes(config, len(devices))
     if late and not directory.is_finished:
@@ -208,6 +216,8 @@ def run_and_compare(
         terminal.line(f"resize: {entries} is ignored, the run ends at step {end}")
     membership = sk.combine(sk.scripted(schedule), listening)
     run(directory, terminal, devices, membership, arguments)
+    if arguments.sampling is not None:
+        sample(directory, terminal, devices, arguments.sampling)
     # What was found of an earlier twin is gone from the summary of a prolonged run.
     is_stale = directory.has_twin and "twin" not in directory.summary()
     if not (arguments.twin or is_stale):
@@ -216,6 +226,26 @@ def run_and_compare(
     if arguments.twin:
         run(other, terminal, devices, listening, arguments, is_twin=True)
     return compare(directory, other, terminal)
+
+
+def sample(
+    directory: report.RunDirectory,
+    terminal: report.Terminal,
+    devices: list[Any],
+    wanted: sampling.Sampling,
+) -> None:
+    """Prints what the model of a run's newest checkpoint makes of a text."""
+    trainer, _ = build.build_trainer(
+        directory.config,
+        devices=devices,
+        checkpoints=directory.checkpoints,
+        events=sk.EventLog(),
+    )
+    with trainer:
+        step = trainer.restore()
+        terminal.line(f"sample of step {step}, seed {wanted.seed}:")
+        draw = build.build_sampler(directory.config)
+        print(sampling.sample_text(draw, trainer.state, wanted))
 
 
 def run(

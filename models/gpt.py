@@ -29,9 +29,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import shardkit as sk
-from models.gpt_config import GPTConfig, make_config
+from models.generation import sampler
+from models.gpt_config import GPTConfig, checked_config
 
-__all__ = ["GPT", "GPTConfig", "build"]
+__all__ = [
+    "AXIS_RULES",
+    "GPT",
+    "Attention",
+    "GPTConfig",
+    "Norm",
+    "build",
+    "fold_in",
+    "normal",
+    "score",
+]
 
 AXIS_RULES: dict[str, str | None] = {
     "embed": "fsdp",
@@ -47,7 +58,8 @@ def _param(value: Array, *names: str) -> nnx.Param:
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
-def _normal(config: GPTConfig, dims: Dims, rngs: nnx.Rngs, scale=1.0) -> nnx.Param:
+def normal(config: GPTConfig, dims: Dims, rngs: nnx.Rngs, scale=1.0) -> nnx.Param:
+    """Draws a parameter with deviation 0.02 · `scale`; its dims name its axes."""
     dtype = jnp.dtype(config.param_dtype)
     value = jax.random.normal(rngs.params(), tuple(dims.values()), dtype)
     return _param(0.02 * scale * value, *dims)
@@ -57,7 +69,8 @@ def _constant(config: GPTConfig, dims: Dims, value: float) -> nnx.Param:
     return _param(jnp.full(tuple(dims.values()), value, config.param_dtype), *dims)
 
 
-def _fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None:
+def fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None:
+    """Derives the key of a place in the network; of no key, none."""
     return None if key is None else jax.random.fold_in(key, index)
 
 
@@ -68,7 +81,7 @@ class Linear(nnx.Module):
         self, config: GPTConfig, equation: str, dims: Dims, rngs: nnx.Rngs, scale=1.0
     ):
         self.equation = equation
-        self.kernel = _normal(config, dims, rngs, scale)
+        self.kernel = normal(config, dims, rngs, scale)
         # The bias has the dims of the output but for B and T.
         num_out = len(equation.split("->BT")[1])
         bias_dims = dict(list(dims.items())[-num_out:])
@@ -90,6 +103,7 @@ class Norm(nnx.Module):
         self.bias = _constant(config, dims, 0.0) if has_bias else None
 
     def __call__(self, x_BTD: FloatBTD) -> FloatBTD:
+        """Normalises every position by itself."""
         y_BTD = x_BTD.astype(jnp.float32)
         if self.subtract_mean:
             y_BTD = y_BTD - jnp.mean(y_BTD, axis=-1, keepdims=True)
@@ -128,7 +142,8 @@ class Attention(nnx.Module):
         scale = (2 * config.num_layers) ** -0.5
         self.out = Linear(config, "BTHK,HKD->BTD", heads | embed, rngs, scale)
 
-    def __call__(self, x_BTD: FloatBTD, may_see_B1TT: Mask) -> FloatBTD:
+    def __call__(self, x_BTD: FloatBTD, may_see_B1TT: Mask = None) -> FloatBTD:
+        """Lets every position look at itself and those before it."""
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.theta is not None:
             q_BTHK, k_BTGK = _rotate(q_BTHK, self.theta), _rotate(k_BTGK, self.theta)
@@ -175,9 +190,9 @@ class Block(nnx.Module):
         self, x_BTD: FloatBTD, key: PRNGKeyArray | None, may_see_B1TT: Mask
     ) -> FloatBTD:
         y_BTD = self.attention(self.attention_norm(x_BTD), may_see_B1TT)
-        x_BTD = x_BTD + sk.nn.dropout(y_BTD, _fold_in(key, 0), self.dropout)
+        x_BTD = x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 0), self.dropout)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + sk.nn.dropout(y_BTD, _fold_in(key, 1), self.dropout)
+        return x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 1), self.dropout)
 
 
 class GPT(nnx.Module):
@@ -194,7 +209,7 @@ class GPT(nnx.Module):
         embed, vocab = {"embed": config.embed_dim}, {"vocab": config.vocab_size}
         position = {"position": config.max_sequence_length}
         is_learned, is_tied = config.positions == "learned", config.tie_embeddings
-        table = functools.partial(_normal, config, rngs=rngs)
+        table = functools.partial(normal, config, rngs=rngs)
         self.embedding = table(vocab | embed)
         self.position_embedding = table(position | embed) if is_learned else None
         self.head = None if is_tied else table(embed | vocab)
@@ -246,7 +261,7 @@ class GPT(nnx.Module):
         if segments_BT is not None:
             may_see_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None]
         # Index 0 is the embeddings', layers follow from 1.
-        x_BTD = sk.nn.dropout(x_BTD, _fold_in(key, 0), self.config.dropout)
+        x_BTD = sk.nn.dropout(x_BTD, fold_in(key, 0), self.config.dropout)
         x_BTD = self.final_norm(self._run_layers(x_BTD, key, may_see_B1TT))
         if self.head is None:
             return jnp.einsum("BTD,VD->BTV", x_BTD, table_VD)
@@ -260,7 +275,7 @@ class GPT(nnx.Module):
 
         def run(x_BTD, state, index):
             block = nnx.merge(graphdef, state)
-            return block(x_BTD, _fold_in(key, index), may_see_B1TT)
+            return block(x_BTD, fold_in(key, index), may_see_B1TT)
 
         if self.config.remat:
             # Outside a scan, XLA's CSE would undo the recomputation.
@@ -303,7 +318,7 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
             f"models.gpt: preset: expected one of {', '.join(presets)}, or none at "
             f"all, found {preset!r}."
         )
-    config = presets[preset](**overrides) if preset else make_config(overrides)
+    config = presets[preset](**overrides) if preset else checked_config(overrides)
 
     def init(key: PRNGKeyArray) -> nnx.State:
         return nnx.state(GPT(config, nnx.Rngs(params=key)), nnx.Param)
@@ -312,32 +327,45 @@ def build(preset: str | None = None, **overrides: Any) -> sk.Model:
     def graphdef() -> nnx.GraphDef:
         return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, nnx.Rngs(params=0))))
 
+    def logits(params: Any, tokens_BT: Any, key: Any = None, **packed: Any) -> Array:
+        return nnx.merge(graphdef(), params)(tokens_BT, key, **packed)
+
     def loss(params: Any, microbatch: Any, key: PRNGKeyArray | None) -> sk.LossOutput:
-        tokens = microbatch["tokens"]
-        inputs_BT, labels_BT = tokens[:, :-1], tokens[:, 1:]
         dropout_key = None if key is None else sk.keys.stream(key, "dropout")
+        tokens = microbatch["tokens"]
         packed = {
             f"{name}_BT": microbatch[name][:, :-1]
             for name in ("segments", "positions")
             if name in microbatch
         }
-        model = nnx.merge(graphdef(), params)
-        logits_BTV = model(inputs_BT, dropout_key, **packed)
-        losses_BT = sk.nn.cross_entropy(logits_BTV, labels_BT)
-        is_right_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
-        if "weights" not in microbatch:
-            metrics = {"accuracy": jnp.sum(is_right_BT, dtype=jnp.float32)}
-            return sk.LossOutput(losses_BT.sum(), jnp.float32(losses_BT.size), metrics)
-        # One weight a row or one a prediction.
-        weights = microbatch["weights"].reshape(len(tokens), -1)
-        weights_BT = jnp.broadcast_to(weights, losses_BT.shape)
-        metrics = {"accuracy": jnp.sum(is_right_BT * weights_BT)}
-        loss_sum = jnp.sum(losses_BT * weights_BT)
-        return sk.LossOutput(loss_sum, weights_BT.sum(), metrics)
+        return score(logits(params, tokens[:, :-1], dropout_key, **packed), microbatch)
 
     return sk.Model(
         init=init,
         loss=loss,
         eval_loss=lambda params, microbatch, key: loss(params, microbatch, None),
         axis_rules=AXIS_RULES,
+        sample=sampler(logits, config.vocab_size, config.max_sequence_length),
     )
+
+
+def score(logits_BTV: Float[Array, "B T V"], microbatch: Any) -> sk.LossOutput:
+    """Sums the losses of predicted tokens, each times its weight if there are any.
+
+    Args:
+        logits_BTV: Of `microbatch["tokens"][:, :-1]`.
+        microbatch: `{"tokens": int32 [rows, T + 1]}`, and perhaps `"weight"` of rows,
+            or `"weights"` of rows or of predictions `[rows, T]`.
+    """
+    labels_BT = microbatch["tokens"][:, 1:]
+    losses_BT = sk.nn.cross_entropy(logits_BTV, labels_BT)
+    is_right_BT = jnp.argmax(logits_BTV, axis=-1) == labels_BT
+    weights = [microbatch[name] for name in ("weight", "weights") if name in microbatch]
+    if not weights:
+        metrics = {"accuracy": jnp.sum(is_right_BT, dtype=jnp.float32)}
+        return sk.LossOutput(losses_BT.sum(), jnp.float32(losses_BT.size), metrics)
+    weights_BT = jnp.ones_like(losses_BT)
+    for weight in weights:
+        weights_BT = weights_BT * weight.reshape(len(labels_BT), -1)
+    metrics = {"accuracy": jnp.sum(is_right_BT * weights_BT, dtype=jnp.float32)}
+    return sk.LossOutput((losses_BT * weights_BT).sum(), weights_BT.sum(), metrics)

@@ -1,6 +1,7 @@
-"""The options of the transformer in `models/gpt.py`, and which of them fit together.
+"""The options of the GPT, and what is wrong with those that cannot be used.
 
-Invariant: a `GPTConfig` that exists can be built. It builds nothing.
+Owns names, defaults and ranges. Invariant: a `GPTConfig` that exists is valid. It
+builds no model; `gpt.py` does.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import shardkit as sk
 
-__all__ = ["GPTConfig", "make_config"]
+__all__ = ["GPTConfig", "checked_config"]
 
 DType = Literal["float32", "bfloat16"]
 
@@ -61,21 +62,21 @@ class GPTConfig:
         data = {"vocab_size": 50_257, "max_sequence_length": 1024, "dropout": 0.1}
         sizes = {"num_layers": 12, "num_heads": 12, "embed_dim": 768, "mlp_dim": 3072}
         kinds = {"norm": "layer", "positions": "learned", "mlp": "gelu"}
-        return make_config(data | sizes | kinds | {"use_bias": True} | overrides)
+        return checked_config(data | sizes | kinds | {"use_bias": True} | overrides)
 
     @classmethod
     def llama(cls, **overrides: Any) -> "GPTConfig":
         """Returns Llama 3.2 1B, its RoPE not stretched, with what is overridden."""
         sizes = {"num_layers": 16, "num_heads": 32, "embed_dim": 2048, "mlp_dim": 8192}
         rest = {"num_kv_heads": 8, "rope_theta": 500_000.0, "vocab_size": 128_256}
-        return make_config(sizes | rest | {"max_sequence_length": 8192} | overrides)
+        return checked_config(sizes | rest | {"max_sequence_length": 8192} | overrides)
 
 
-def make_config(options: Mapping[str, Any]) -> GPTConfig:
-    """Makes a config of what a user has written.
+def checked_config(options: Mapping[str, Any]) -> GPTConfig:
+    """Makes a config of what a user wrote.
 
     Raises:
-        ConfigError: For an unknown option, with the nearest known one.
+        ConfigError: For an unknown option, or an unusable value.
     """
     known = [field.name for field in dataclasses.fields(GPTConfig)]
     if unknown := sorted(set(options).difference(known)):

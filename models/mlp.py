@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import shardkit as sk
 
-__all__ = ["build", "digits"]
+__all__ = ["build", "digits", "read_digits", "score"]
 
 NUM_PIXELS = 64
 NUM_CLASSES = 10
@@ -63,11 +63,7 @@ def build(hidden_dim: int = 128, num_layers: int = 2, dropout: float = 0.1) -> s
             x = jax.nn.gelu(_apply(params[f"hidden_{layer}"], x))
             layer_key = None if stream is None else jax.random.fold_in(stream, layer)
             x = sk.nn.dropout(x, layer_key, dropout)
-        logits = _apply(params["logits"], x)
-        losses = sk.nn.cross_entropy(logits, microbatch["label"])
-        is_right = jnp.argmax(logits, axis=-1) == microbatch["label"]
-        metrics = {"accuracy": jnp.sum(is_right, dtype=jnp.float32)}
-        return sk.LossOutput(losses.sum(), jnp.float32(losses.size), metrics)
+        return score(_apply(params["logits"], x), microbatch)
 
     return sk.Model(
         init=init,
@@ -75,6 +71,26 @@ def build(hidden_dim: int = 128, num_layers: int = 2, dropout: float = 0.1) -> s
         eval_loss=lambda params, microbatch, key: loss(params, microbatch, None),
         axis_rules=AXIS_RULES,
     )
+
+
+def score(
+    logits: Float[Array, "batch classes"], microbatch: Any, state: Any = None
+) -> sk.LossOutput:
+    """Sums the losses of classified images, of rows with a weight times that weight.
+
+    Args:
+        logits: Of the images.
+        microbatch: With `"label"`, and perhaps `"weight"`.
+        state: What the model carries on, if it does.
+    """
+    losses = sk.nn.cross_entropy(logits, microbatch["label"])
+    is_right = jnp.argmax(logits, axis=-1) == microbatch["label"]
+    num_images = jnp.float32(losses.size)
+    if "weight" in microbatch:
+        weight = microbatch["weight"]
+        losses, is_right, num_images = losses * weight, is_right * weight, weight.sum()
+    metrics = {"accuracy": jnp.sum(is_right, dtype=jnp.float32)}
+    return sk.LossOutput(losses.sum(), num_images, metrics, state)
 
 
 def _check(*, hidden_dim: Any, num_layers: Any, dropout: Any) -> None:
@@ -134,6 +150,16 @@ def digits(
         >>> batches(0)["image"].shape
         (32, 64)
     """
+    arrays = read_digits(split)
+    return sk.data.ArrayBatches(arrays, global_batch_size=global_batch_size, seed=seed)
+
+
+def read_digits(split: str) -> dict[str, np.ndarray]:
+    """Reads all images of a split, as `digits` describes them.
+
+    Raises:
+        DataError: If scikit-learn is not installed, or there is no such split.
+    """
     if split not in ("train", "validation"):
         raise sk.DataError(
             f"models.mlp: split: expected 'train' or 'validation', found {split!r}."
@@ -149,8 +175,7 @@ def digits(
     rows = np.random.default_rng(0).permutation(len(label))
     num_validation = len(rows) // 5
     rows = rows[:num_validation] if split == "validation" else rows[num_validation:]
-    arrays = {
+    return {
         "image": np.asarray(image[rows] / 16.0, np.float32),
         "label": np.asarray(label[rows], np.int32),
     }
-    return sk.data.ArrayBatches(arrays, global_batch_size=global_batch_size, seed=seed)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardkit.annotations import Axes as Axes
     from shardkit.annotations import axes as axes
     from shardkit.checkpoint import CheckpointConfig as CheckpointConfig
+    from shardkit.clipping import clip_spikes as clip_spikes
     from shardkit.errors import CertificateError as CertificateError
     from shardkit.errors import ConfigError as ConfigError
     from shardkit.errors import DamagedError as DamagedError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from shardkit.errors import SaveError as SaveError
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.evaluation import EvalConfig as EvalConfig
+    from shardkit.evaluation import FixedSet as FixedSet
     from shardkit.events import EventLog as EventLog
     from shardkit.logical_axes import constrain as constrain
     from shardkit.logical_axes import infer_shardings as infer_shardings
@@ -62,10 +64,11 @@ _HOMES = {
     "annotation_table": "annotate",
     "annotations": "Axes axes",
     "checkpoint": "CheckpointConfig",
+    "clipping": "clip_spikes",
     "errors": "CertificateError ConfigError DamagedError DataError Halted InexactError "
     "LostStateError MembershipError MeshError NonFiniteError PartitionError Preempted "
     "RestoreError SaveError ShardkitError",
-    "evaluation": "EvalConfig",
+    "evaluation": "EvalConfig FixedSet",
     "events": "EventLog",
     "logical_axes": "constrain infer_shardings",
     "membership": "Lost combine scripted signals watch_file",

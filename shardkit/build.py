@@ -18,6 +18,7 @@ from shardkit.errors import ConfigError, ShardkitError
 
 __all__ = [
     "build_batches",
+    "build_sampler",
     "build_trainer",
     "call_factory",
     "device_pool",
@@ -175,6 +176,22 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
     return train, valid, getattr(train, "digest", None)
 
 
+def build_sampler(config: RunConfig) -> Callable[..., Any]:
+    """Returns what makes text of the parameters of a config's model.
+
+    Raises:
+        ConfigError: If the model makes none.
+    """
+    name = config.model.factory
+    sample = call_factory(name, config.model.options, where="model").sample
+    if sample is None:
+        raise ConfigError(
+            f"--sample: the model of {name!r} has no `sample`: it makes no text. Leave "
+            "the flag out, or give sk.Model(…, sample=…)."
+        )
+    return sample
+
+
 def _loss_scale(scale: float | None) -> Any:
     from shardkit.recipe import LossScale
 
@@ -221,7 +238,10 @@ def build_trainer(
         evaluation = sk.EvalConfig(
             data=valid,
             every=config.train.eval_every or config.train.steps,
-            num_batches=config.train.eval_batches,
+            num_batches=min(
+                config.train.eval_batches,
+                getattr(valid, "num_batches", config.train.eval_batches),
+            ),
         )
     if snapshot is None and config.snapshot.every:
         snapshot = sk.SnapshotConfig(every=config.snapshot.every)
@@ -250,6 +270,7 @@ def build_trainer(
         eval=evaluation,
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),
+        noise_scale=config.train.noise_scale,
         strict=config.train.strict,
         standby=config.train.standby,
         standby_counts=config.train.standby_counts,

@@ -19,6 +19,7 @@ from shardkit import config as configs
 from shardkit.checkpoint.remap import Remap, load_rules
 from shardkit.config import Override, RunConfig
 from shardkit.errors import ConfigError
+from shardkit.sampling import Sampling
 
 __all__ = [
     "Arguments",
@@ -54,6 +55,13 @@ exit codes:
   130 interrupted by Ctrl-C; the same, from the newest checkpoint
 """
 
+_SAMPLE_FLAGS = {
+    "num_bytes": ("--sample-bytes", int, "N", "how much it adds; 200 if not given"),
+    "temperature": ("--sample-temperature", float, "T", "0 takes the likeliest; 0.8"),
+    "top_k": ("--sample-top-k", int, "K", "draw of the likeliest only; all"),
+    "seed": ("--sample-seed", int, "N", "another one draws another text; 0"),
+}
+
 _FLAGS = {
     "devices": ("devices", "N", "size of the pool; 8 emulated, or every real one"),
     "resize": ("resize", "STEP:N,...", "devices from the beginning of a step on"),
@@ -84,6 +92,8 @@ class Arguments:
     """The rules that make a state of this run of it."""
     inspect: bool
     """Only say what the programs cost."""
+    sampling: Sampling | None = None
+    """What to go on with when the run is at its end."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -149,6 +159,13 @@ def parse_arguments(argv: list[str]) -> Arguments:
         action="store_true",
         help="compile for the pool, say what a step costs on a device, and leave",
     )
+    parser.add_argument(
+        "--sample",
+        metavar="TEXT",
+        help="at the end, also of a finished run, let the model go on with this text",
+    )
+    for name, (flag, kind, metavar, text) in _SAMPLE_FLAGS.items():
+        parser.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
     found = parser.parse_args(plain)
     if found.resume and found.out is None:
         raise ConfigError("--resume: which run? name its directory with --out DIR")
@@ -172,7 +189,19 @@ def parse_arguments(argv: list[str]) -> Arguments:
         source=found.source,
         remap=found.remap and load_rules(found.remap),
         inspect=found.inspect,
+        sampling=_sampling(found),
     )
+
+
+def _sampling(found: argparse.Namespace) -> Sampling | None:
+    given = {name: getattr(found, name) for name in _SAMPLE_FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if found.sample is not None:
+        return Sampling(prompt=found.sample, **given)
+    if given:
+        flag = _SAMPLE_FLAGS[next(iter(given))][0]
+        raise ConfigError(f"{flag}: of which text? give --sample TEXT")
+    return None
 
 
 def prepare_environment(

@@ -29,6 +29,7 @@ from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
 from shardkit.model import LossOutput, call_loss
 from shardkit.model_state import Combiner
+from shardkit.noise import with_squares
 from shardkit.rounding import opaque_zero, unfused
 
 __all__ = ["MicrobatchLoop"]
@@ -49,11 +50,12 @@ class MicrobatchLoop:
     Attributes:
         loss: `(params, microbatch, key) → scalar or LossOutput`; with the model's state
             after the parameters if it has one.
-        output: The tree structure of that `LossOutput`, without a state.
+        output: The tree structure of that `LossOutput`, without a state; for gradients.
         mesh: The mesh whose batch axes share the work.
         grid: How they share it.
         exact: Whether sums keep their bits on every mesh.
         combiner: How the model's states that microbatches leave become one.
+        noise: Whether the squares of microbatch gradients are summed too.
     """
 
     loss: Callable[..., Any]
@@ -62,6 +64,7 @@ class MicrobatchLoop:
     grid: Grid
     exact: bool = True
     combiner: Combiner = dataclasses.field(default_factory=Combiner)
+    noise: bool = False
 
     def evaluate(
         self, params: Any, model_state: Any, slots: Any, root: Array, step: Array
@@ -69,12 +72,17 @@ class MicrobatchLoop:
         """Sums loss, weight and metrics over the global batch."""
         start, count = self._bounds()
 
-        def body(i: Array, rows: Array) -> Array:
+        def call(i: Array) -> LossOutput:
             key = step_key(root, LOSS_STREAM, step, start + i)
-            out, _ = call_loss(self.loss, params, model_state, _at(slots, i), key)
-            return _put(rows, out, start + i)
+            return call_loss(self.loss, params, model_state, _at(slots, i), key)[0]
 
-        return self._sum_rows(lax.fori_loop(0, count, body, self._empty_rows()))
+        def body(i: Array, rows: Array) -> Array:
+            return _put(rows, call(i), start + i)
+
+        # What is measured may follow from which leaves a batch has.
+        output = jax.tree.structure(jax.eval_shape(call, start))
+        loop = dataclasses.replace(self, output=output)
+        return loop._sum_rows(lax.fori_loop(0, count, body, loop._empty_rows()))
 
     def gradient(
         self,
@@ -123,6 +131,8 @@ class MicrobatchLoop:
                 # shape.
                 found = lax.optimization_barrier(found)
             out, left, grads = found
+            if self.noise:
+                out = with_squares(out, grads, scale)
             rows, states = kept
             states = self.combiner.put(states, before, left, start + i)
             return (_put(rows, out, start + i), states), grads

@@ -14,11 +14,13 @@ from shardkit.inexact import check_operations
 from shardkit.jaxprs import handed_on
 from shardkit.model import call_loss
 from shardkit.model_state import check_state
+from shardkit.noise import METRICS
 from shardkit.tree import format_table, named_leaves
 
 __all__ = ["loss_structure"]
 
-_TAKEN = {"loss", "weight", "grad_norm", "gradient_passes"}
+# Metrics that every step has.
+_TAKEN = {"loss", "weight", "grad_norm", "gradient_passes", *METRICS}
 
 
 def loss_structure(

@@ -50,6 +50,8 @@ class Model:
         axis_rules: Logical axis → mesh axis, unless the user says otherwise.
         combine: Glob over paths of the state → how what microbatches leave there
             becomes one: see `Trainer`.
+        sample: `(params, prompt, key, *, num_tokens, temperature, top_k) → tokens`,
+            which come after those of the prompt; None for a model that makes none.
     """
 
     init: Callable[[Any], Any]
@@ -57,6 +59,7 @@ class Model:
     eval_loss: Callable[..., Any] | None = None
     axis_rules: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sample: Callable[..., Any] | None = None
 
 
 def call_loss(

@@ -9,6 +9,7 @@ References:
     Chen et al., Symbolic Discovery of Optimization Algorithms (NeurIPS 2023): lion.
     Shazeer & Stern, Adafactor (ICML 2018): adafactor.
     You et al., Large Batch Optimization for Deep Learning (ICLR 2020): lamb.
+    You et al., Large Batch Training of Convolutional Networks (2017): lars.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,8 @@ def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
     """
     import optax
 
+    from shardkit.clipping import clip_spikes
+
     mask = _matrices(params) if section.decay_mask == "matrices" else None
     rate = build_schedule(section)
     moments = {
@@ -54,6 +57,16 @@ def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
             update = optax.lion(rate, **moments, **decay)
         case "lamb":
             update = optax.lamb(rate, **moments, **decay)
+        case "lars":
+            # As published, neither rescaled nor decayed are biases and norms.
+            matrices = _matrices(params)
+            update = optax.lars(
+                rate,
+                section.weight_decay,
+                weight_decay_mask=True if mask is None else mask,
+                trust_ratio_mask=matrices,
+                momentum=0.9 if section.momentum is None else section.momentum,
+            )
         case "adafactor":
             update = optax.adafactor(
                 rate,
@@ -68,9 +81,17 @@ def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
                 optax.add_decayed_weights(**decay),
                 optax.scale_by_learning_rate(rate),
             )
-    if section.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(section.clip_norm), update)
+    clips = []
+    if section.clip_z is not None:
+        steps = section.clip_z_warmup_steps
+        clips.append(
+            clip_spikes(
+                section.clip_z, **({} if steps is None else {"warmup_steps": steps})
+            )
+        )
+    if section.clip_norm is not None:
+        clips.append(optax.clip_by_global_norm(section.clip_norm))
+    return optax.chain(*clips, update) if clips else update
 
 
 def build_schedule(section: OptimizerSection) -> Callable[[Any], Any]:

@@ -83,7 +83,7 @@ class Placement:
         self._dims = jax.tree.map(lambda leaf: leaf.dim, layout)
         self._abstract = jax.tree.map(lambda leaf: leaf.abstract, layout)
         self._slots = jax.tree.map(self._abstract_slots, batch)
-        self._output, self._eval_output, self._combiner = outputs
+        self._output, _, self._combiner = outputs
         make = functools.partial(Program, exact=recipe.exact, events=events)
         state_specs = jax.tree.map(lambda leaf: leaf.spec, layout)
         whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
@@ -323,9 +323,15 @@ class Placement:
             fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def _loop(self, loss: Callable[..., Any], output: Any) -> MicrobatchLoop:
+    def _loop(self, loss: Callable[..., Any]) -> MicrobatchLoop:
         return MicrobatchLoop(
-            loss, output, self.mesh, self.grid, self.recipe.exact, self._combiner
+            loss,
+            self._output,
+            self.mesh,
+            self.grid,
+            self.recipe.exact,
+            self._combiner,
+            self.recipe.noise_scale,
         )
 
     def _gather(self, variables: Any) -> Any:
@@ -354,7 +360,7 @@ class Placement:
     def _step(
         self, state: TrainState, slots: Any, root: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Array]]:
-        loop = self._loop(self.recipe.loss, self._output)
+        loop = self._loop(self.recipe.loss)
         params, model_state = self._gather((state.params, state.model_state))
         out, model_state, grads, grad_exponent, passes = loop.gradient(
             params,
@@ -366,7 +372,7 @@ class Placement:
             grad_exponent=state.grad_exponent,
             loss_scale=state.loss_scale and state.loss_scale[0],
         )
-        localizer = Localizer(self._shards, opaque_zero(state.step))
+        localizer = Localizer(self._shards, zero := opaque_zero(state.step))
         (state, metrics), (new_dims, _) = localizer(
             self.recipe.update,
             (state, grads, grad_exponent, model_state),
@@ -374,12 +380,8 @@ class Placement:
             update_arguments(self._abstract, lambda x: x),
         )
         state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
-        metrics |= {name: x / out.weight for name, x in out.metrics.items()}
-        return state, metrics | {
-            "loss": out.loss_sum / out.weight,
-            "weight": out.weight,
-            "gradient_passes": passes,
-        }
+        metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
+        return state, metrics | {"gradient_passes": passes}
 
     def _evaluate(
         self, variables: Any, slots: Any, root: PRNGKeyArray, step: Array, index: Array
@@ -387,9 +389,7 @@ class Placement:
         root = jax.random.fold_in(stream(root, "evaluation"), index)
         loss = self.recipe.eval_loss or self.recipe.loss
         params, model_state = self._gather(variables)
-        out = self._loop(loss, self._eval_output).evaluate(
-            params, model_state, slots, root, step
-        )
+        out = self._loop(loss).evaluate(params, model_state, slots, root, step)
         return {"loss": out.loss_sum, "weight": out.weight, **out.metrics}
 
 

@@ -6,7 +6,6 @@ whole arrays; `placement` carries it out on pieces.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from jax import Array
 from jaxtyping import PRNGKeyArray
 
 from shardkit.annotations import read_axes, strip, unused_rules
-from shardkit.errors import PartitionError
+from shardkit.errors import ConfigError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
 from shardkit.keys import is_key_dtype, stream
@@ -31,6 +30,7 @@ from shardkit.model_state import (
     split_variables,
     unused_combine,
 )
+from shardkit.noise import structure_with_squares, take_noise
 from shardkit.shards import Shards
 from shardkit.state import TrainState, make_layout
 from shardkit.tree import format_table, named_leaves
@@ -94,6 +94,7 @@ class Recipe:
         ema: Decay of a moving average of the parameters, or None.
         loss_scale: How the loss is scaled, or None.
         combine: Glob over paths of the model's state → one of `model_state.COMBINE`.
+        noise_scale: Whether the gradient noise scale is measured.
     """
 
     init: Callable[[Any], Any]
@@ -106,11 +107,17 @@ class Recipe:
     ema: float | None = None
     loss_scale: LossScale | None = None
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    noise_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.exact:
             # Refuses what its grid has no room for.
             Accumulator(self.num_microbatches)
+        if self.noise_scale and self.num_microbatches < 2:
+            raise ConfigError(
+                "noise_scale: expected at least 2 microbatches, whose gradients are "
+                f"compared, found {self.num_microbatches}. Use more, or leave it off."
+            )
 
     def first_state(self, root: PRNGKeyArray) -> TrainState:
         """Computes the state before step 0, whole."""
@@ -165,6 +172,20 @@ class Recipe:
                 new, step=state.step + 1, loss_scale=scale, grad_exponent=grad_exponent
             )
         return new, {"grad_norm": norm}
+
+    def metrics(self, out: LossOutput, norm: Array, zero: Array) -> dict[str, Array]:
+        """What is told of a step.
+
+        Args:
+            out: The sums over the global batch.
+            norm: Of the gradient.
+            zero: An int32 zero unknown to the compiler.
+        """
+        found: dict[str, Array] = {}
+        if self.noise_scale:
+            out, found = take_noise(out, norm, zero)
+        found |= {name: x / out.weight for name, x in out.metrics.items()}
+        return found | {"loss": out.loss_sum / out.weight, "weight": out.weight}
 
     def layout(
         self,
@@ -273,19 +294,30 @@ class Recipe:
             InexactError: If a loss cannot keep its bits.
         """
         variables = params, model_state
-        examine = functools.partial(
-            loss_structure, num_microbatches=self.num_microbatches, exact=self.exact
-        )
-        train, is_kept = examine("loss", self.loss, variables, batch, trains=True)
+        train, is_kept = self._examine("loss", self.loss, variables, batch, trains=True)
         combiner = Combiner.plan(
             model_state, is_kept, self.combine, self.num_microbatches, self.exact
         )
-        if self.eval_loss is None and eval_batch is batch:
-            return train, train, combiner
+        evaluation = train
+        if self.eval_loss is not None or eval_batch is not batch:
+            evaluation = self.eval_structure(params, model_state, eval_batch)
+        if self.noise_scale:
+            train = structure_with_squares(train)
+        return train, evaluation, combiner
+
+    def eval_structure(self, params: Any, model_state: Any, batch: Any) -> Any:
+        """Returns what an evaluation on such a batch does; see `output_structure`."""
         name = "loss" if self.eval_loss is None else "eval_loss"
-        loss = self.eval_loss or self.loss
-        evaluated, _ = examine(name, loss, variables, eval_batch, trains=False)
-        return train, evaluated, combiner
+        loss, variables = self.eval_loss or self.loss, (params, model_state)
+        return self._examine(name, loss, variables, batch, trains=False)[0]
+
+    def _examine(self, *args: Any, trains: bool) -> tuple[Any, list[bool]]:
+        return loss_structure(
+            *args,
+            num_microbatches=self.num_microbatches,
+            exact=self.exact,
+            trains=trains,
+        )
 
 
 def update_arguments(state: Any, of_state: Callable[[Any], Any]) -> tuple[Any, ...]:

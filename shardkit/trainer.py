@@ -19,7 +19,7 @@ from shardkit.checkpoint.history import open_history
 from shardkit.checkpoint.remap import Remap
 from shardkit.controller import Controller
 from shardkit.errors import ConfigError
-from shardkit.evaluation import EvalConfig, evaluate
+from shardkit.evaluation import EvalConfig, check_other, check_weights, evaluate
 from shardkit.events import EventLog
 from shardkit.functions import abstract_init, check_captures
 from shardkit.layout import LeafLayout
@@ -74,6 +74,8 @@ class Trainer:
         combine: Glob over paths of the model's state → how what the microbatches of a
             step leave there becomes one: `"mean"`, which floats have anyway, `"sum"` of
             all changes, or `"last"`. All microbatches begin with the same state.
+        noise_scale: Whether each step measures the gradient noise scale, in the metrics
+            `noise_scale`, `noise_trace` and `grad_square` (see `shardkit.noise`).
         path_rules: Glob or compiled regex over leaf paths → logical axes or a
             `PartitionSpec`; the first that fits. What a leaf's own annotation says
             otherwise is an error.
@@ -126,6 +128,7 @@ class Trainer:
         ema: float | None = None,
         loss_scale: LossScale | None = None,
         combine: Mapping[str, str] | None = None,
+        noise_scale: bool = False,
         path_rules: Mapping[Any, Any] | None = None,
         strict: bool = False,
         devices: Sequence[Any] | None = None,
@@ -161,6 +164,7 @@ class Trainer:
             ema=ema,
             loss_scale=loss_scale,
             combine=combine or {},
+            noise_scale=noise_scale,
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
         layout, warnings = self._recipe.layout(
@@ -176,6 +180,8 @@ class Trainer:
         like, checked = checked_data(data, num_microbatches)
         waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
+        if eval is not None:
+            check_weights(eval, self._recipe, layout)
         certify = certify if consistency == "exact" else "off"
         placements = Placements(
             self._recipe,
@@ -303,12 +309,21 @@ class Trainer:
             metrics.close()
             stop()
 
-    def evaluate(self) -> dict[str, float]:
-        """Evaluates on the fixed set, to the same bits on every mesh.
+    def evaluate(self, on: EvalConfig | None = None) -> dict[str, float]:
+        """Evaluates on a fixed set, to the same bits on every mesh.
+
+        Args:
+            on: Another set than the trainer's own, of which no event tells; when it is
+                due does not matter.
 
         Raises:
-            ConfigError: If the trainer was made without `eval`.
+            ConfigError: If there is neither `on` nor the trainer's `eval`, or the loss
+                does not read the weights of a `FixedSet`.
         """
+        if on is not None:
+            placement, state = self._controller.start()
+            check_other(on, placement)
+            return evaluate(on, placement, state, self.step, on.data)
         if self._eval is None or self._eval_data is None:
             raise ConfigError("Trainer.evaluate: made without eval=EvalConfig(...)")
         placement, state = self._controller.start()

@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 # `build` above "shardkit", the package itself, whose lazy names reach all below it.
 TIERS = [
     "errors events version waits hlo background bits blocks",
-    "tree arguments mesh keys membership nn model places shards rounding jaxprs "
-    "corpus batch prefetch standby program_cache program_report",
+    "tree arguments mesh keys membership nn model clipping places shards rounding "
+    "jaxprs corpus batch prefetch standby program_cache program_report",
     "annotations functions",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
-    "overlap",
+    "overlap noise sampling",
     "digest state localize program model_state put senders sources",
     "gradient annotation_table loss_structure",
     "cells",
@@ -141,7 +141,8 @@ def test_the_package_knows_no_models():
 
 def test_models_and_train_use_the_public_names_only():
     entry_points = {
-        f"shardkit.{name}" for name in ("build", "cli", "report", "supervised")
+        f"shardkit.{name}"
+        for name in ("build", "cli", "report", "sampling", "supervised")
     }
 
     def is_private(path, name, _):

@@ -13,7 +13,7 @@ from shardkit.config import OptimizerSection, from_dict
 from shardkit.optim import build_optimizer, build_schedule
 from shardkit.tree import named_leaves
 
-NAMES = ["adamw", "lion", "sgd", "adafactor", "lamb"]
+NAMES = ["adamw", "lion", "sgd", "adafactor", "lamb", "lars"]
 # Values of several sizes: lamb rescales, and would hide a decay that is even.
 PARAMS = {
     "kernel": jnp.linspace(0.5, 1.5, 12).reshape(4, 3),

@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "snapshot",
     "train.steps",
     "train.log_every",
+    "train.noise_scale",
     "train.standby",
     "train.standby_counts",
 )
@@ -47,6 +48,7 @@ _USED_BY = {
     "adamw": ("b1", "b2"),
     "lion": ("b1", "b2"),
     "lamb": ("b1", "b2"),
+    "lars": ("momentum",),
     "sgd": ("momentum",),
     "adafactor": ("momentum",),
 }
@@ -117,7 +119,7 @@ class DataSection:
 class OptimizerSection:
     """The optimizer, its schedule, clipping and weight decay."""
 
-    name: Literal["adamw", "lion", "sgd", "adafactor", "lamb"] = "adamw"
+    name: Literal["adamw", "lion", "sgd", "adafactor", "lamb", "lars"] = "adamw"
     """The update rule, from Optax."""
     learning_rate: float
     """The peak of the schedule."""
@@ -140,14 +142,21 @@ class OptimizerSection:
     b2: float | None = None
     """Decay of the second moment; None is the usual one of the optimizer."""
     momentum: float | None = None
-    """Momentum of sgd and adafactor; None is none."""
+    """Momentum of sgd, adafactor and lars; None is none, and 0.9 for lars."""
     clip_norm: float | None = None
     """Clips the global norm of the gradient."""
+    clip_z: float | None = None
+    """Clips a norm that is so many standard deviations above what it has been."""
+    clip_z_warmup_steps: int | None = None
+    """Steps for which norms are only looked at, for `clip_z`; None is 25."""
 
     def __post_init__(self):
         _at_least(self, 0, "warmup_steps", "weight_decay")
         _at_least(self, 1, "horizon_steps")
-        for name in ("learning_rate", "clip_norm"):
+        _at_least(self, 2, "clip_z_warmup_steps")
+        if self.clip_z_warmup_steps is not None and self.clip_z is None:
+            raise ConfigError("clip_z_warmup_steps is of no use without clip_z")
+        for name in ("learning_rate", "clip_norm", "clip_z"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}: expected more than 0, found {value}")
@@ -203,6 +212,8 @@ class TrainSection:
     """A constant the loss is multiplied by before the gradient is taken."""
     strict: bool = False
     """Turns unused axis rules and unannotated leaves into errors."""
+    noise_scale: bool = False
+    """Measures the gradient noise scale, a metric of every step."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end alone."""
     eval_batches: int = 8
