@@ -48,12 +48,12 @@ def abstract_init(init: Callable[[Any], Any]) -> Any:
     return jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def check_captures(name: str, fn: Callable[..., Any]) -> list[str]:
+def check_captures(name: str, fn: Any) -> list[str]:
     """Looks at the arrays that a function sees besides its arguments.
 
     Args:
         name: The function's, for messages.
-        fn: A plain function; of other callables nothing is known.
+        fn: A plain function; of anything else nothing is known.
 
     Returns:
         Warnings: large arrays that are no parameters.

@@ -64,7 +64,7 @@ def test_a_change_of_devices_leaves_no_trace(problem, begin, uninterrupted):
 
 
 @settings(
-    max_examples=12,
+    max_examples=6,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -82,7 +82,7 @@ def test_random_schedules_and_meshes(script, spec, begin, uninterrupted):
 
 
 @settings(
-    max_examples=5,
+    max_examples=3,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

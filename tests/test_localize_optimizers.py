@@ -1,6 +1,7 @@
 """One update of each optimizer, on random parameters, gradients and state."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def problem(tx, exact=True):
     )
     dims = jax.tree.map(lambda leaf: leaf.dim, layout)
     return (
-        recipe.update,
+        functools.partial(recipe.update, model_state=None),
         [state, grads, state.grad_exponent],
         [dims, dims.params, dims.grad_exponent],
     )

@@ -73,7 +73,7 @@ counts = st.sampled_from([1, 2, 3, 4, 6, 8])
 dims = st.integers(-1, 1)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     shapes=st.lists(shapes, min_size=1, max_size=6),
     ends=st.tuples(counts, dims, counts, dims, st.integers(0, 7)),
