@@ -13,13 +13,34 @@ from typing import Any
 import jax
 import numpy as np
 
+from shardkit.arguments import check_call, check_optimizer
 from shardkit.errors import PartitionError
+from shardkit.model_state import split_variables
 from shardkit.tree import format_table, named_leaves
 
-__all__ = ["abstract_init", "check_captures"]
+__all__ = ["abstract_init", "check_captures", "check_functions"]
 
 _LARGE_BYTES = 1 << 20
 _MOST_ITEMS = 10_000
+
+
+def check_functions(
+    init: Any, loss: Any, eval_loss: Any, tx: Any, data: Any
+) -> list[str]:
+    """Checks what a `Trainer` is made of, and returns what should be noticed.
+
+    Raises:
+        ConfigError: If one of them is something else, or takes other arguments.
+        PartitionError: As `abstract_init` and `check_captures` do.
+    """
+    check_call("init", init, "key")
+    check_optimizer(tx)
+    is_stateful = split_variables(abstract_init(init))[1] is not None
+    arguments = ["params", *["state"] * is_stateful, "microbatch", "key"]
+    check_call("loss", loss, *arguments)
+    check_call("eval_loss", eval_loss or loss, *arguments)
+    check_call("data", data, "step")
+    return check_captures("loss", loss) + check_captures("eval_loss", eval_loss)
 
 
 def abstract_init(init: Callable[[Any], Any]) -> Any:

@@ -25,6 +25,7 @@ from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, sharded_dims
 from shardkit.loss_structure import loss_structure
+from shardkit.model import LossOutput
 from shardkit.model_state import (
     Combiner,
     split_variables,

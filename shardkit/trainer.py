@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from shardkit.arguments import check_call, check_choice, check_optimizer
+from shardkit.arguments import check_choice
 from shardkit.batch import abstract_batch, checked_data
 from shardkit.checkpoint.config import CheckpointConfig
 from shardkit.checkpoint.history import open_history
@@ -21,7 +21,7 @@ from shardkit.controller import Controller
 from shardkit.errors import ConfigError
 from shardkit.evaluation import EvalConfig, check_other, check_weights, evaluate
 from shardkit.events import EventLog
-from shardkit.functions import abstract_init, check_captures
+from shardkit.functions import check_functions
 from shardkit.layout import LeafLayout
 from shardkit.logical_axes import AxisRules
 from shardkit.loop import train
@@ -29,7 +29,6 @@ from shardkit.membership import Membership, check_source, scripted
 from shardkit.mesh import MeshSpec, check_mesh
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
-from shardkit.model_state import split_variables
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.probe import SpeedProbe
@@ -139,13 +138,7 @@ class Trainer:
         events: EventLog | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
-        check_call("init", init, "key")
-        check_optimizer(tx)
-        is_stateful = split_variables(abstract_init(init))[1] is not None
-        arguments = ["params", *["state"] * is_stateful, "microbatch", "key"]
-        check_call("loss", loss, *arguments)
-        check_call("eval_loss", eval_loss or loss, *arguments)
-        check_call("data", data, "step")
+        noticed = check_functions(init, loss, eval_loss, tx, data)
         check_mesh(mesh)
         check_choice("consistency", consistency, ("exact", "fast"))
         check_choice("certify", certify, ("always", "first", "off"))
@@ -167,13 +160,10 @@ class Trainer:
             noise_scale=noise_scale,
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
-        layout, warnings = self._recipe.layout(
+        self._layout, warnings = self._recipe.layout(
             axis_rules or {}, path_rules=path_rules, strict=strict
         )
-        warnings += check_captures("loss", loss)
-        warnings += check_captures("eval_loss", eval_loss)
-        self._layout = layout
-        for warning in warnings:
+        for warning in [*warnings, *noticed]:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
         check_counts(standby_counts, len(pool), max_programs=standby)
@@ -185,7 +175,7 @@ class Trainer:
         certify = certify if consistency == "exact" else "off"
         placements = Placements(
             self._recipe,
-            layout,
+            self._layout,
             mesh or MeshSpec(),
             pool,
             like,

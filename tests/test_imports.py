@@ -20,10 +20,11 @@ TIERS = [
     "errors events version waits hlo background bits blocks",
     "tree arguments mesh keys membership nn model clipping places shards rounding "
     "jaxprs corpus batch prefetch standby program_cache program_report",
-    "annotations functions",
+    "annotations",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap noise sampling",
     "digest state localize program model_state put senders sources",
+    "functions",
     "gradient annotation_table loss_structure",
     "cells",
     "routes shares",
