@@ -237,7 +237,9 @@ def _said(
     for (key, child), name in zip(children, keys, strict=True):
         if child is None:
             continue
-        own = [(f"type of {kind.__name__}.{name}", x) for x in fields.get(name, ())]
+        own = [
+            (f"type of {kind.__name__}.{name}", x) for x in fields.get(name or "", ())
+        ]
         yield from _said(child, (*path, *key), [*by_type, *own])
 
 

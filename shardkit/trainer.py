@@ -171,7 +171,7 @@ class Trainer:
         waiter = Waiter()
         known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
         if eval is not None:
-            check_weights(eval, self._recipe, layout)
+            check_weights(eval, self._recipe, self._layout)
         certify = certify if consistency == "exact" else "off"
         placements = Placements(
             self._recipe,
