@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from shardkit.errors import ShardkitError as ShardkitError
     from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.events import EventLog as EventLog
+    from shardkit.frameworks.equinox import from_equinox as from_equinox
+    from shardkit.frameworks.haiku import from_haiku as from_haiku
+    from shardkit.frameworks.linen import from_linen as from_linen
+    from shardkit.frameworks.nnx import from_nnx as from_nnx
     from shardkit.logical_axes import axes as axes
     from shardkit.logical_axes import infer_shardings as infer_shardings
     from shardkit.membership import Lost as Lost
@@ -58,6 +62,10 @@ _HOMES = {
     "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig",
     "events": "EventLog",
+    "frameworks.equinox": "from_equinox",
+    "frameworks.haiku": "from_haiku",
+    "frameworks.linen": "from_linen",
+    "frameworks.nnx": "from_nnx",
     "logical_axes": "axes infer_shardings",
     "membership": "Lost combine scripted signals watch_file",
     "mesh": "MeshSpec",

@@ -23,7 +23,7 @@ TIERS = [
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap",
     "digest state localize program model_state put senders",
-    "gradient",
+    "gradient frameworks",
     "cells",
     "routes shares",
     "listing totals router device_order",
@@ -54,6 +54,7 @@ TIERS = [
 ]
 TIER_OF = {name: tier for tier, names in enumerate(TIERS) for name in names.split()}
 OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn", "zfec"}
+OPTIONAL |= {"equinox", "haiku"}
 MAX_LINES = 400
 
 
