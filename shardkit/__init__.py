@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.evaluation import FixedSet as FixedSet
     from shardkit.events import EventLog as EventLog
+    from shardkit.frameworks.equinox import from_equinox as from_equinox
+    from shardkit.frameworks.haiku import from_haiku as from_haiku
+    from shardkit.frameworks.linen import from_linen as from_linen
+    from shardkit.frameworks.nnx import from_nnx as from_nnx
     from shardkit.logical_axes import constrain as constrain
     from shardkit.logical_axes import infer_shardings as infer_shardings
     from shardkit.membership import Lost as Lost
@@ -70,6 +74,10 @@ _HOMES = {
     "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig FixedSet",
     "events": "EventLog",
+    "frameworks.equinox": "from_equinox",
+    "frameworks.haiku": "from_haiku",
+    "frameworks.linen": "from_linen",
+    "frameworks.nnx": "from_nnx",
     "logical_axes": "constrain infer_shardings",
     "membership": "Lost combine scripted signals watch_file",
     "mesh": "MeshSpec",

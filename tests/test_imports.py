@@ -25,7 +25,7 @@ TIERS = [
     "overlap noise sampling",
     "digest state localize program model_state put senders sources",
     "functions",
-    "gradient annotation_table loss_structure",
+    "gradient annotation_table loss_structure frameworks",
     "cells",
     "routes shares",
     "listing totals router device_order",
@@ -56,7 +56,7 @@ TIERS = [
 ]
 TIER_OF = {name: tier for tier, names in enumerate(TIERS) for name in names.split()}
 OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn", "zfec"}
-OPTIONAL |= {"grain", "datasets", "tokenizers"}
+OPTIONAL |= {"grain", "datasets", "tokenizers", "equinox", "haiku"}
 MAX_LINES = 400
 
 
