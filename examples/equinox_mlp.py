@@ -24,7 +24,7 @@ def main(steps: int = 40, resize: dict[int, int] | None = None) -> list[str]:
     # Elastic: what follows, up to the empty line.
     model = sk.from_equinox(make, loss, axis_rules={"out": "fsdp"})
     trainer = sk.Trainer(
-        **vars(model),
+        **model,
         tx=optax.adamw(3e-3),
         data=batches(),
         num_microbatches=12,

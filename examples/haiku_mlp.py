@@ -26,7 +26,7 @@ def main(steps: int = 40, resize: dict[int, int] | None = None) -> list[str]:
     image = jax.ShapeDtypeStruct((1, 8, 8), "float32")
     model = sk.from_haiku(net, image, loss, axis_rules={"out": "fsdp"})
     trainer = sk.Trainer(
-        **vars(model),
+        **model,
         tx=optax.adamw(3e-3),
         data=batches(),
         num_microbatches=12,

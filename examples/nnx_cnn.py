@@ -48,7 +48,7 @@ def main(steps: int = 40, resize: dict[int, int] | None = None) -> list[str]:
     # Elastic: what follows, up to the empty line.
     model = sk.from_nnx(CNN, loss)
     trainer = sk.Trainer(
-        **vars(model),
+        **model,
         tx=optax.adamw(5e-3, 0.9),
         data=batches(),
         num_microbatches=6,

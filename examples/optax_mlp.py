@@ -46,7 +46,7 @@ def main(steps: int = 40, resize: dict[int, int] | None = None) -> list[str]:
     image = jax.ShapeDtypeStruct((1, 8, 8), "float32")
     model = sk.from_linen(MLP((64, 32), 10), image, loss, axis_rules={"out": "fsdp"})
     trainer = sk.Trainer(
-        **vars(model),
+        **model,
         tx=optimizer(steps),
         data=batches(),
         num_microbatches=12,

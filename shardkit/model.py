@@ -61,6 +61,15 @@ class Model:
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sample: Callable[..., Any] | None = None
 
+    def keys(self) -> tuple[str, ...]:
+        """The arguments of `Trainer` that a model has: `Trainer(**model, …)`."""
+        return "init", "loss", "eval_loss", "axis_rules", "combine"
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
 
 def call_loss(
     loss: Callable[..., Any], params: Any, state: Any, microbatch: Any, key: Any

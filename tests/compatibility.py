@@ -217,12 +217,10 @@ def train(framework, way, optimizer, counts):
     model, path_rules = MODELS[framework][way]()
     table = sk.annotate(model, RULES, path_rules)
     assert [dim for dim in table.dims if dim >= 0] == [1], "no annotation had an effect"
-    options = {k: v for k, v in vars(model).items() if k != "axis_rules"}
     with sk.Trainer(
-        **options,
+        **{**model, "axis_rules": RULES},
         tx=OPTIMIZERS[optimizer](),
         data=data,
-        axis_rules=RULES,
         path_rules=path_rules,
         num_microbatches=13,
         certify="off",

@@ -21,7 +21,7 @@ def data(step):
 
 def trainer(model, **options):
     return sk.Trainer(
-        **vars(model),
+        **model,
         tx=optax.sgd(0.1, momentum=0.9),
         data=data,
         num_microbatches=GRID,

@@ -32,13 +32,10 @@ def is_same(framework, way, optimizer):
     return found == unchanged(framework, optimizer)
 
 
-# A way of each framework with one optimizer, so that each of them is there; the rest is
-# a soak.
 SOME = [
-    (framework, list(MODELS[framework])[i % len(MODELS[framework])], optimizer)
-    for i, (framework, optimizer) in enumerate(
-        zip(MODELS, [*OPTIMIZERS][1:], strict=True)
-    )
+    ("dataclass", "type", "Adam"),
+    ("Flax NNX", "Flax's metadata", "matrix"),
+    ("Equinox", "path rule", "accumulating"),
 ]
 
 
@@ -52,10 +49,6 @@ def test_some_of_all_cells_keep_their_bits(framework, way, optimizer):
 def test_every_cell_keeps_its_bits(framework, way):
     for optimizer in OPTIMIZERS:
         assert is_same(framework, way, optimizer), optimizer
-
-
-def test_the_page_shows_every_cell():
-    assert PAGE.read_text() == spell_page()
 
 
 def spell_page():
