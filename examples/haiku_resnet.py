@@ -38,7 +38,7 @@ def main(steps: int = 40, resize: dict[int, int] | None = None) -> list[str]:
         combine={"**/counter": "last"},
     )
     trainer = sk.Trainer(
-        **model, tx=optax.adamw(3e-3), data=batches(), num_microbatches=6
+        **model, tx=optax.adamw(3e-3), data=batches(), num_microbatches=12
     )
     with trainer:
         run = trainer.run(steps, membership=sk.scripted(resize or {10: 5, 20: 2}))

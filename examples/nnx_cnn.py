@@ -46,12 +46,12 @@ def loss(module, batch):
 def main(steps: int = 40, resize: dict[int, int] | None = None) -> list[str]:
     """Trains while devices come and go; returns the bits of the losses."""
     # Elastic: what follows, up to the empty line.
-    model = sk.from_nnx(CNN, loss)
+    model = sk.from_nnx(CNN, loss, axis_rules={"out": "fsdp"})
     trainer = sk.Trainer(
         **model,
         tx=optax.adamw(5e-3, 0.9),
         data=batches(),
-        num_microbatches=6,
+        num_microbatches=12,
         path_rules={"linear*/kernel": ("in", "out")},
     )
     with trainer:

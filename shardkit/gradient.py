@@ -244,7 +244,11 @@ class MicrobatchLoop:
         """This device's first microbatch, and how many it computes."""
         index = lax.axis_index(BATCH_AXES)
         starts, counts = self.grid.starts, self.grid.counts
-        return jnp.asarray(starts)[index], jnp.asarray(counts)[index]
+        # Where all compute as many the compiler would know how many, and a loop that it
+        # unrolls is fused otherwise.
+        return lax.optimization_barrier(
+            (jnp.asarray(starts)[index], jnp.asarray(counts)[index])
+        )
 
     def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
         return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")

@@ -68,8 +68,11 @@ class Grid:
 
     @property
     def max_count(self) -> int:
-        """The most microbatches any device computes: the length of a device's slots."""
-        return int(self.counts.max())
+        """The length of a device's slots: the most that any computes, and at least 2.
+
+        Of a single one the compiler would drop the dim, and fuse the loss otherwise.
+        """
+        return max(2, int(self.counts.max()))
 
     @property
     def slots(self) -> Int[np.ndarray, " slots"]:

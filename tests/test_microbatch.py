@@ -26,7 +26,7 @@ def test_every_microbatch_is_computed_once_in_order(grid):
     ]
     assert dealt == list(range(grid.num_microbatches))
     assert len(grid.counts) == grid.num_devices
-    assert grid.max_count == grid.counts.max()
+    assert grid.max_count == max(2, grid.counts.max())
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -195,6 +195,25 @@ def test_a_state_of_a_model_without_one_is_refused():
         make(init=lambda key: {"w": jnp.zeros(3)}, loss=stateful, eval_loss=None)
 
 
+@pytest.mark.parametrize("count", [6, 8])
+def test_as_many_devices_as_microbatches_leave_the_same_bits(count):
+    def narrow(step):
+        return {"x": data(step)["x"][:24]}
+
+    changes = {"data": narrow, "num_microbatches": 6, "eval": None, "combine": COMBINE}
+
+    def init_six(key):
+        made = init(key)
+        return sk.Variables(made.params, made.state | {"last_seen": jnp.zeros((4, 5))})
+
+    found = []
+    for num_devices in (1, count):
+        trainer = make(init=init_six, **changes)
+        steps = trainer.run(3, membership=sk.scripted({0: num_devices}))
+        found.append(([m.loss_bits for m in steps], trainer.state_digest()))
+    assert found[0] == found[1]
+
+
 VALUES = {
     "infinite": (np.inf, np.inf),
     "negative_zero": (-0.0, -0.0),
