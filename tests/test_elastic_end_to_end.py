@@ -81,6 +81,7 @@ def test_random_schedules_and_meshes(script, spec, begin, uninterrupted):
     assert found == uninterrupted("linear-clip-adam-ema", STEPS)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=3,
     derandomize=True,

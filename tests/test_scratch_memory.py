@@ -139,7 +139,7 @@ def compiled_names(caplog, work):
     return out, {r.args[0] for r in caplog.records if "Compiling" in r.msg}
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_programs_that_were_compiled_before_are_not_compiled_again(
     caplog, monkeypatch, keep
 ):
