@@ -165,7 +165,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         help="at the end, also of a finished run, let the model go on with this text",
     )
     for name, (flag, kind, metavar, text) in _SAMPLE_FLAGS.items():
-        parser.add_argument(flag, dest=name, type=kind, metavar=metavar, help=text)
+        parser.add_argument(
+            flag, dest=f"sample_{name}", type=kind, metavar=metavar, help=text
+        )
     found = parser.parse_args(plain)
     if found.resume and found.out is None:
         raise ConfigError("--resume: which run? name its directory with --out DIR")
@@ -194,7 +196,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
 
 
 def _sampling(found: argparse.Namespace) -> Sampling | None:
-    given = {name: getattr(found, name) for name in _SAMPLE_FLAGS}
+    given = {name: getattr(found, f"sample_{name}") for name in _SAMPLE_FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     if found.sample is not None:
         return Sampling(prompt=found.sample, **given)

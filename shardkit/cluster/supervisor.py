@@ -113,6 +113,7 @@ class Supervisor:
     def _carry_out(self, orders: list[Order]) -> None:
         if any(isinstance(order, Save) for order in orders):
             self._save()
+            self._keep_recoveries()
         for order in orders:
             match order:
                 case Send(host, header, payload):
@@ -158,6 +159,8 @@ class Supervisor:
                 self._unsaved = str(error)
                 text = f"what the supervisor knows cannot be saved: {error}"
                 self._launcher.post({"type": "tell", "text": text})
+
+    def _keep_recoveries(self) -> None:
         offset_s = time.time() - self._loop.time()
         keep_recoveries(
             self._history.facts.get("out"),

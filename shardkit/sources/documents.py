@@ -14,6 +14,7 @@ from typing import SupportsIndex
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float32, Int32, Int64
+from numpy.lib.format import open_memmap
 
 from shardkit.errors import DataError
 
@@ -127,8 +128,8 @@ class Documents:
         """Maps what `save` wrote."""
         weights = path / "weights.npy"
         return cls(
-            np.load(path / "tokens.npy", mmap_mode="r"),
-            np.load(path / "offsets.npy"),
-            np.load(weights) if weights.exists() else None,
+            open_memmap(path / "tokens.npy", mode="r"),
+            open_memmap(path / "offsets.npy", mode="r"),
+            open_memmap(weights, mode="r") if weights.exists() else None,
             digest=digest,
         )

@@ -110,7 +110,7 @@ class TokenFile:
 def _map(file: Path, dtype: str | None, header_bytes: int) -> np.ndarray:
     if file.suffix == ".npy":
         try:
-            tokens = np.load(file, mmap_mode="r")
+            tokens = np.lib.format.open_memmap(file, mode="r")
         except ValueError as error:
             raise DataError(f"{file}: expected a .npy file, found {error}") from error
     elif dtype is None:
