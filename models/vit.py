@@ -79,7 +79,8 @@ class ViT(nn.Module):
         place = nn.with_logical_partitioning(
             nn.initializers.normal(0.02), (None, "embed")
         )
-        x = x + self.param("place", place, (n * n, self.width))
+        places: Any = self.param("place", place, (n * n, self.width))
+        x = x + places
         for _ in range(self.num_layers):
             x = Block(self.num_heads, self.dropout)(x, train)
         return _dense(NUM_CLASSES, "embed", "classes")(nn.LayerNorm()(x).mean(axis=1))
