@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from shardkit.resharding import reshard as reshard
     from shardkit.snapshot.config import SnapshotConfig as SnapshotConfig
     from shardkit.trainer import Trainer as Trainer
+    from shardkit.verdict import Exactness as Exactness
+    from shardkit.verdict import exactness as exactness
     from shardkit.version import __version__ as __version__
 
 _MODULES = ("checkpoint", "data", "keys", "nn")
@@ -70,6 +72,7 @@ _HOMES = {
     "resharding": "reshard",
     "snapshot.config": "SnapshotConfig",
     "trainer": "Trainer",
+    "verdict": "Exactness exactness",
     "version": "__version__",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}

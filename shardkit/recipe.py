@@ -17,18 +17,18 @@ import optax
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import ConfigError, InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
 from shardkit.inexact import check_operations
 from shardkit.keys import stream
-from shardkit.layout import LeafLayout
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, leaf_axes, sharded_dims, strip
 from shardkit.model import call_loss
 from shardkit.model_state import Combiner, check_state, split_variables
 from shardkit.shards import Shards
-from shardkit.state import TrainState, make_layout
-from shardkit.tree import format_table, named_leaves
+from shardkit.state import TrainState, find_place, make_layout, with_axes
+from shardkit.tree import format_table, map_named, named_leaves
+from shardkit.updates import changed_leaves, describe, refuse
 
 __all__ = ["LossScale", "Recipe", "update_arguments"]
 
@@ -170,6 +170,20 @@ class Recipe:
         path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
         strict: bool = False,
     ) -> tuple[Any, list[str]]:
+        """Decides which dim of every leaf of the state is cut, as `examine` does.
+
+        Returns:
+            A `TrainState` of `LeafLayout`, and warnings.
+        """
+        return self.examine(axis_rules, path_rules=path_rules, strict=strict)[:2]
+
+    def examine(
+        self,
+        axis_rules: AxisRules,
+        *,
+        path_rules: Mapping[str, tuple[str | None, ...]] | None = None,
+        strict: bool = False,
+    ) -> tuple[Any, list[str], Localizer]:
         """Decides which dim of every leaf of the state is cut.
 
         Parameters follow their annotations. The optimizer's state follows the
@@ -177,10 +191,11 @@ class Recipe:
         moments follow their parameters and factored moments their dims.
 
         Returns:
-            A `TrainState` of `LeafLayout`, and warnings.
+            A `TrainState` of `LeafLayout`, warnings, and what an update was traced by.
 
         Raises:
             PartitionError: If the annotations or rules do not fit.
+            ConfigError: If the optimizer needs more than gradients, state and params.
             InexactError: If the optimizer cannot be exact.
         """
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -193,7 +208,7 @@ class Recipe:
         if self.exact:
             check_operations(traced, "init")
         _check_dtypes(named_leaves(abstract.params))
-        known, dims = {}, []
+        known, cuts, dims = {}, {}, []
         for part, found in zip(
             (abstract.params, abstract.model_state), names, strict=True
         ):
@@ -201,43 +216,59 @@ class Recipe:
             known |= dict(zip(leaves, found, strict=True))
             paths, shapes = [path for path, _ in leaves], [shape for _, shape in leaves]
             cut = sharded_dims(paths, shapes, found, axis_rules, strict=strict)
+            cuts |= dict(zip(leaves, cut, strict=True))
             dims.append(jax.tree.structure(part).unflatten(cut))
         param_dims, state_dims = dims
         dims = dataclasses.replace(
             jax.tree.map(lambda _: -1, abstract),
             params=param_dims,
+            # What an update leaves as it was would stay whole, if it began so.
+            opt_state=map_named(
+                lambda path, x: (
+                    -1 if (d := find_place(path, x.shape, cuts)) is None else d
+                ),
+                abstract.opt_state,
+            ),
             ema=None if self.ema is None else param_dims,
             model_state=state_dims,
         )
-        layout = make_layout(abstract, self._settle(abstract, dims))
-        return _with_axes(layout, known), warnings
+        dims, localizer = self._settle(abstract, dims)
+        return with_axes(make_layout(abstract, dims), known), warnings, localizer
 
-    def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
+    def _settle(
+        self, abstract: TrainState, dims: TrainState
+    ) -> tuple[TrainState, Localizer]:
         """Cuts the optimizer's state as its own update does, until nothing changes."""
         # Any cut is right, as results are brought to it: a state that never settles,
         # such as one that is transposed at every step, only moves more.
         for _ in range(_MAX_ROUNDS):
-            found = self._dims_after_update(abstract, dims)
+            found, localizer = self._trace_update(abstract, dims)
             if jax.tree.leaves(found) == jax.tree.leaves(dims.opt_state):
                 break
             dims = dataclasses.replace(dims, opt_state=found)
-        return dims
+        return dims, localizer  # pyright: ignore[reportPossiblyUnbound]
 
-    def _dims_after_update(self, abstract: TrainState, dims: TrainState) -> Any:
-        """Returns how one update leaves the optimizer's state cut."""
-        found: Any = None
+    def _trace_update(self, abstract: TrainState, dims: Any) -> tuple[Any, Localizer]:
+        """Returns how one update leaves the optimizer's state cut, and its tracer."""
+        found: list[Any] = []
         shapes = update_arguments(abstract, lambda x: x)
         in_dims = update_arguments(dims, lambda _: -1)
+        localizer = Localizer(Shards(exact=self.exact))
 
         def trace(*args: Any) -> Any:
-            nonlocal found
-            localizer = Localizer(Shards(exact=self.exact))
-            out, (new_dims, _) = localizer(self.update, args, in_dims, shapes)
-            found = new_dims.opt_state
-            return out
+            (new, _), (new_dims, _) = localizer(self.update, args, in_dims, shapes)
+            found.append(new_dims.opt_state)
+            return new
 
-        jax.eval_shape(trace, *shapes)
-        return found
+        try:
+            new = jax.eval_shape(trace, *shapes)
+        except Exception as error:
+            refuse(self.tx, abstract.params, error)
+        changed = changed_leaves("params", abstract.params, new.params)
+        changed += changed_leaves("state", abstract.opt_state, new.opt_state)
+        if changed:
+            raise ConfigError(describe(changed))
+        return found[0], localizer
 
     def output_structure(
         self, params: Any, model_state: Any, batch: Any, eval_batch: Any
@@ -347,17 +378,3 @@ def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:
             + format_table(bad)
             + "\nKeep counters and keys out of params, and cast float64 to float32."
         )
-
-
-def _with_axes(
-    layout: TrainState,
-    names: Mapping[tuple[str, tuple[int, ...]], tuple[str | None, ...] | None],
-) -> TrainState:
-    """Notes the logical axes of parameters, and of what has a parameter's place."""
-
-    def find(leaf: LeafLayout) -> tuple[str | None, ...] | None:
-        parts = leaf.path.split("/")
-        tails = ("/".join(parts[i:]) for i in range(1, len(parts)))
-        return next((x for tail in tails if (x := names.get((tail, leaf.shape)))), None)
-
-    return jax.tree.map(lambda leaf: dataclasses.replace(leaf, axes=find(leaf)), layout)

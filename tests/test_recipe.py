@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import ConfigError, InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT
 from shardkit.logical_axes import axes
 from shardkit.model import LossOutput
@@ -221,6 +221,42 @@ def test_an_optimizer_that_cannot_be_exact_is_refused():
     tx = optax.GradientTransformation(lambda params: (), update)
     with pytest.raises(InexactError, match="pure_callback"):
         recipe_of(tx).layout(RULES)
+
+
+def test_an_optimizer_that_needs_more_than_a_run_gives_is_refused():
+    tx = optax.chain(optax.clip(1.0), optax.contrib.reduce_on_plateau())
+    with pytest.raises(ConfigError, match="asks for 'value'") as caught:
+        recipe_of(tx).layout(RULES)
+    assert "sk.exactness" in str(caught.value)
+    with pytest.raises(ConfigError, match="asks for 'value'"):
+        recipe_of(tx, exact=False).layout(RULES)
+
+
+def test_a_state_that_an_update_changes_the_shape_of_is_refused():
+    def update(grads, state, params=None):
+        return grads, jnp.concatenate([state, state])
+
+    tx = optax.GradientTransformation(lambda params: jnp.zeros(3), update)
+    with pytest.raises(ConfigError, match=r"float32\[3\] before .* float32\[6\] after"):
+        recipe_of(tx).layout(RULES)
+
+
+def test_an_error_that_is_not_the_optimizers_stays_what_it_is(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("elsewhere")
+
+    monkeypatch.setattr("shardkit.recipe.optax.apply_updates", fails)
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        recipe_of().layout(RULES)
+
+
+def test_what_an_update_leaves_alone_is_cut_like_its_parameter():
+    def update(grads, state, params=None):
+        return jax.tree.map(jnp.subtract, state["first"], params), state
+
+    tx = optax.GradientTransformation(lambda params: {"first": params}, update)
+    found = cuts(recipe_of(tx))
+    assert found == PARAMS | {"opt_state/first/v": 1, "opt_state/first/w": 0}
 
 
 # The first state and the update.
