@@ -14,6 +14,7 @@ from benchmarks.rivals import Rival, with_jit, with_shard_map
 from shardkit.events import EventLog
 from shardkit.placements import Placements
 from shardkit.recipe import Recipe
+from shardkit.state_layout import lay_out
 from shardkit.waits import Waiter
 
 HEADER = (
@@ -52,7 +53,7 @@ class Ours:
             num_microbatches=num_microbatches,
             exact=exact,
         )
-        self.layout, _ = self.recipe.layout(model.axis_rules)
+        self.layout, *_ = lay_out(self.recipe, model.axis_rules)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         spec = sk.MeshSpec(data=1, fsdp=-1)
         self.placement = Placements(

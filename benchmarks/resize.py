@@ -38,6 +38,7 @@ class Problem:
         from benchmarks import common
         from models import gpt
         from shardkit.recipe import Recipe
+        from shardkit.state_layout import lay_out
 
         config = tomllib.loads((ROOT / "configs" / f"{name}.toml").read_text())
         self.name = name
@@ -53,7 +54,7 @@ class Problem:
             tx=self.tx,
             num_microbatches=self.num_microbatches,
         )
-        self.layout, _ = self.recipe.layout(self.model.axis_rules)
+        self.layout, *_ = lay_out(self.recipe, self.model.axis_rules)
 
     def rival(self, num_devices):
         """A hand-written step, compiled for the first devices."""

@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from shardkit.sources.iterables import from_iterable as from_iterable
     from shardkit.sources.mixture import Mixture as Mixture
     from shardkit.trainer import Trainer as Trainer
+    from shardkit.verdict import Exactness as Exactness
+    from shardkit.verdict import exactness as exactness
     from shardkit.version import __version__ as __version__
 
 _MODULES = ("checkpoint", "data", "keys", "nn", "sources")
@@ -91,6 +93,7 @@ _HOMES = {
     "snapshot.config": "SnapshotConfig",
     "sources": "Examples Mixture from_iterable",
     "trainer": "Trainer",
+    "verdict": "Exactness exactness",
     "version": "__version__",
 }
 _NAMES = {name: home for home, names in _HOMES.items() for name in names.split()}

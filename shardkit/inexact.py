@@ -15,7 +15,7 @@ from shardkit.errors import InexactError
 from shardkit.jaxprs import equations
 from shardkit.tree import format_table
 
-__all__ = ["check_atomics", "check_operations", "find_atomics"]
+__all__ = ["check_atomics", "check_operations", "find_atomics", "find_inexact"]
 
 _FLAG = "--xla_gpu_deterministic_ops=true"
 _REFUSED = {
@@ -26,6 +26,26 @@ _REFUSED = {
 }
 # How JAX prints the dtype of keys of the one generator that ignores the sharding.
 _EXACT_KEY = "key<fry>"
+
+
+def find_inexact(jaxpr: Any) -> list[tuple[str, str, str]]:
+    """Lists `(operation, source line, reason)` of what cannot be exact anywhere.
+
+    Args:
+        jaxpr: A jaxpr, open or closed.
+
+    Example:
+        >>> import jax
+        >>> draw = lambda: jax.random.normal(jax.random.key(0, impl="rbg"))
+        >>> sorted({reason for *_, reason in find_inexact(jax.make_jaxpr(draw)())})
+        ['its bits depend on the sharding; use threefry keys']
+    """
+    rows = [
+        (name, source_info_util.summarize(eqn.source_info), reason)
+        for eqn in equations(jaxpr)
+        for name, reason in _refusals(eqn)
+    ]
+    return list(dict.fromkeys(rows))
 
 
 def check_operations(jaxpr: Any, where: str) -> None:
@@ -48,14 +68,10 @@ def check_operations(jaxpr: Any, where: str) -> None:
         shardkit.errors.InexactError: loss cannot be exact:
         ...
     """
-    rows = [
-        (name, source_info_util.summarize(eqn.source_info), reason)
-        for eqn in equations(jaxpr)
-        for name, reason in _refusals(eqn)
-    ]
+    rows = find_inexact(jaxpr)
     if rows:
         raise InexactError(
-            f"{where} cannot be exact:\n{format_table(list(dict.fromkeys(rows)))}\n"
+            f"{where} cannot be exact:\n{format_table(rows)}\n"
             "Replace them, or run with consistency='fast'."
         )
 

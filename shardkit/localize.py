@@ -3,12 +3,13 @@
 Owns the translation: a function written for global arrays (an optimizer update, a
 norm, an average) is traced once, and its operations are then carried out on the
 shard that this device holds. Elementwise work stays local; a float sum goes through
-`exact_sum`; whatever has no local form is done on the gathered whole, which costs
-memory but gives the same bits on every mesh. Invariant: the result does not depend
+`exact_sum`; whatever has no local form is done on whole arrays, by one shard for each
+of them, which gives the same bits on every mesh. Invariant: the result does not depend
 on the number of shards. It must run inside `shard_map` (or on one shard).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,30 +18,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
 
+from shardkit import matrices
 from shardkit.exact_sum import exact_sums
 from shardkit.inexact import check_operations
 from shardkit.jaxprs import Step, flatten, results
 from shardkit.layout import LeafLayout
 from shardkit.local_rules import RULES, Shard, dim_after_reduction
+from shardkit.matrices import Task
+from shardkit.operations import (
+    PRODUCTS,
+    Whole,
+    has_key,
+    is_elementwise,
+    is_float_sum,
+    is_light,
+    keeps_bits,
+)
+from shardkit.regions import Region, Round, cost_of, used_outside, values_to_join
 from shardkit.rounding import not_broadcast, unfused
 from shardkit.shards import Shards
 
-__all__ = ["Localizer", "Shard"]
-
-_ELEMENTWISE = frozenset(
-    """abs add add_any and ceil clamp convert_element_type copy copy_p div eq floor ge
-    gt integer_pow is_finite le lt max min mul ne neg nextafter not
-    or real reduce_precision rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sqrt square stop_gradient sub
-    xor bitcast_convert_type""".split()
-)
-# Approximated by code that differs between the body and the rest of a vector loop,
-# so that an element's bits depend on where in which array it stands.
-_APPROXIMATED = frozenset(
-    """acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc
-    exp exp2 expm1 lgamma log log1p logistic pow sin sinh tan tanh""".split()
-)
-_PRODUCTS = frozenset(["mul", "integer_pow", "square"])
+__all__ = ["Localizer", "Shard", "Whole"]
 
 
 class Localizer:
@@ -53,14 +51,17 @@ class Localizer:
             would be, differs with the shape of a piece.
 
     Attributes:
-        gathered: What had to be done on gathered arrays: `(operation, shape)`. Each
-            costs the memory of the whole array on every device.
+        gathered: What was made whole to be worked on: `(operation, shape)`. Each costs
+            the memory of the whole array on one device.
+        whole: The operations that could not be done on pieces, of arrays of more than
+            one element.
     """
 
     def __init__(self, shards: Shards, zero: Array | int = 0) -> None:
         self.shards = shards
         self._zero = jnp.asarray(zero, jnp.int32)
         self.gathered: list[tuple[str, tuple[int, ...]]] = []
+        self.whole: list[Whole] = []
 
     def __call__(
         self,
@@ -112,38 +113,44 @@ class Localizer:
     def _eval(
         self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Shard]
     ) -> list[Shard]:
-        """Runs equations as soon as they can, and sums that can wait together.
+        """Runs equations as soon as they can, and what can wait together.
 
         Every sum over shards costs two collectives, so sums that do not depend on
-        one another are taken in one go.
+        one another are taken in one go; so is what has to be done on whole arrays.
         """
         values: list[Shard | None] = []
         steps, outs = flatten(jaxpr, consts, args, values, Shard)
+        light = functools.partial(is_light, exact=self.shards.exact)
+        leading = values_to_join(steps, light)
         while steps:
             waiting, sums, unknown = [], [], set()
+            regions = Round(leading, light)
             for step in steps:
                 eqn, ins, produced = step
-                if not unknown.isdisjoint(ins):
+                is_known = unknown.isdisjoint(ins)
+                if is_known and regions.touches(ins) and regions.join(step, values):
+                    continue
+                if not is_known or regions.touches(ins):
                     waiting.append(step)
                     unknown.update(produced)
-                elif _is_float_sum(eqn):
+                elif is_float_sum(eqn):
                     sums.append(step)
                     unknown.update(produced)
+                elif (found := self._apply(eqn, [values[i] for i in ins])) is None:  # pyright: ignore
+                    regions.open(step)
                 else:
-                    results = self._apply(eqn, [values[i] for i in ins])  # pyright: ignore
-                    for index, result in zip(produced, results, strict=True):
+                    for index, result in zip(produced, found, strict=True):
                         values[index] = result
             self._float_sums(sums, values)
+            self._compute(regions.regions, waiting, outs, values)
             steps = waiting
         return [values[i] for i in outs]  # pyright: ignore
 
-    def _apply(self, eqn: Any, args: list[Shard]) -> list[Shard]:
-        """Carries out one equation."""
+    def _apply(self, eqn: Any, args: list[Shard]) -> list[Shard] | None:
+        """Carries out one equation, or returns None if it needs whole arrays."""
         name = eqn.primitive.name
-        if name in _APPROXIMATED and self.shards.exact:
-            return self._gather_and_bind(eqn, args)
         if all(arg.dim is None for arg in args):
-            return self._bind(eqn, [arg.array for arg in args])
+            return self._apply_to_whole(eqn, args)
         if name == "cond":
             return self._cond(eqn, args)
         if name == "optimization_barrier":
@@ -152,36 +159,111 @@ class Localizer:
                 dataclasses.replace(arg, array=out)
                 for arg, out in zip(args, outs, strict=True)
             ]
-        # A bitcast to another width has a new dim, hence the check of the shape.
-        if name in _ELEMENTWISE and eqn.outvars[0].aval.shape == _cut_shape(eqn, args):
+        if is_elementwise(eqn, self.shards.exact):
             return self._elementwise(eqn, args)
         rule = RULES.get(name)
         out = rule(self.shards, eqn, args[0]) if rule is not None else None
-        return self._gather_and_bind(eqn, args) if out is None else [out]
+        if out is None and has_key(eqn):
+            # Keys are small, and no integers that could be sent.
+            return self._apply_to_whole(eqn, [Shard(self._whole(arg)) for arg in args])
+        return None if out is None else [out]
 
-    def _bind(self, eqn: core.JaxprEqn, arrays: list[Any]) -> list[Shard]:
+    def _apply_to_whole(self, eqn: Any, args: list[Shard]) -> list[Shard] | None:
+        """Carries out what every shard can do, unless one had better do it for all."""
+        if not is_light(eqn, self.shards.exact) and not has_key(eqn):
+            if cost_of(eqn) >= matrices.WORTH_SENDING:
+                return None
+        self._tell(eqn, not keeps_bits(eqn, self.shards.exact))
+        return [Shard(x) for x in self._on_whole(eqn, [arg.array for arg in args])]
+
+    def _tell(self, eqn: Any, needs_whole: bool) -> None:
+        told = Whole.of(eqn) if needs_whole else None
+        if told is not None:
+            self.whole.append(told)
+
+    def _on_whole(self, eqn: Any, arrays: list[Array]) -> list[Array]:
+        """Works on whole arrays, apart from what surrounds it."""
+        if is_float_sum(eqn):
+            return [self._sum(arrays[0], eqn.params["axes"])]
+        if not self.shards.exact or keeps_bits(eqn, True):
+            return self._bind(eqn, arrays)
+        outs = self._bind(eqn, lax.optimization_barrier(arrays))
+        return self._apart(outs)
+
+    def _apart(self, arrays: list[Array]) -> list[Array]:
+        """Keeps results from being worked on together with what follows."""
+        # One by one: XLA dies of a TopK whose results share a barrier.
+        exact = self.shards.exact
+        return [lax.optimization_barrier(x) for x in arrays] if exact else arrays
+
+    def _compute(
+        self,
+        regions: Sequence[Region],
+        waiting: Sequence[Step],
+        outs: Sequence[int],
+        values: list[Shard | None],
+    ) -> None:
+        """Runs what needs whole arrays."""
+        needed = [x for x in used_outside(regions, waiting, outs) if x[1]]
+        if not needed:
+            return
+        tasks = [self._task(region, wanted, values) for region, wanted in needed]
+        found = matrices.compute(tasks, self.shards)
+        for (_, wanted), arrays in zip(needed, found, strict=True):
+            for index, result in zip(wanted, arrays, strict=True):
+                values[index] = result
+
+    def _task(
+        self, region: Region, wanted: Sequence[int], values: Sequence[Shard | None]
+    ) -> Task:
+        avals: dict[int, Any] = {}
+        for eqn, ins, produced in region.steps:
+            avals |= zip(produced, [var.aval for var in eqn.outvars], strict=True)
+            needs_whole = not is_light(eqn, self.shards.exact)
+            for i, atom in zip(ins, eqn.invars, strict=True):
+                value = values[i]
+                if value is not None and value.dim is not None:
+                    needs_whole, avals[i] = True, atom.aval
+                    self.gathered.append((eqn.primitive.name, avals[i].shape))
+            self._tell(eqn, needs_whole)
+
+        def fn(arrays: list[Array]) -> list[Array]:
+            if self.shards.exact:
+                arrays = lax.optimization_barrier(arrays)
+            known = dict(zip(region.inputs, arrays, strict=True))
+            for eqn, ins, produced in region.steps:
+                found = self._on_whole(eqn, [known[i] for i in ins])
+                known |= zip(produced, found, strict=True)
+            return self._apart([known[i] for i in wanted])
+
+        args: list[Shard] = [values[i] for i in region.inputs]  # pyright: ignore
+        cuts = [
+            (avals[i].shape, arg.dim)
+            for i, arg in zip(region.inputs, args, strict=True)
+            if arg.dim is not None
+        ]
+        return Task(
+            fn=fn,
+            args=args,
+            results=[
+                jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype) for i in wanted
+            ],
+            dims=[_dim_like(avals[i].shape, cuts) for i in wanted],
+            cost=region.cost,
+        )
+
+    def _bind(self, eqn: core.JaxprEqn, arrays: list[Any]) -> list[Array]:
         if not self.shards.exact:
-            return [Shard(x) for x in results(eqn, arrays)]
+            return results(eqn, arrays)
         if eqn.primitive.name == "rsqrt":
             # Both of these are rounded correctly, and it is not.
-            return [Shard(1 / unfused(jnp.sqrt(arrays[0]), self._zero))]
+            return [1 / unfused(jnp.sqrt(arrays[0]), self._zero)]
         if eqn.primitive.name == "div":
             arrays = [arrays[0], not_broadcast(arrays[1], arrays[0], self._zero)]
         outs = results(eqn, arrays)
-        if eqn.primitive.name in _PRODUCTS:
+        if eqn.primitive.name in PRODUCTS:
             outs = [unfused(x, self._zero) for x in outs]
-        return [Shard(x) for x in outs]
-
-    def _gather_and_bind(self, eqn: Any, args: list[Shard]) -> list[Shard]:
-        """Works on whole arrays, apart from what surrounds it."""
-        for arg, atom in zip(args, eqn.invars, strict=True):
-            if arg.dim is not None:
-                self.gathered.append((eqn.primitive.name, atom.aval.shape))
-        arrays = [self._whole(arg) for arg in args]
-        if not self.shards.exact:
-            return self._bind(eqn, arrays)
-        outs = self._bind(eqn, lax.optimization_barrier(arrays))
-        return [Shard(lax.optimization_barrier(out.array)) for out in outs]
+        return outs
 
     def _whole(self, value: Shard) -> Array:
         if value.dim is None:
@@ -194,19 +276,29 @@ class Localizer:
             return value.array
         return self.shards.cut(self._whole(value), dim)
 
-    def _elementwise(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
-        lead = next(arg for arg in args if arg.dim is not None)
-        assert lead.dim is not None
-        arrays = []
-        for arg in args:
-            shape = jnp.shape(arg.array)
+    def _elementwise(self, eqn: Any, args: list[Shard]) -> list[Shard] | None:
+        shape, shapes = eqn.outvars[0].aval.shape, [x.aval.shape for x in eqn.invars]
+        # A bitcast to another width has a new dim.
+        if jnp.broadcast_shapes(*shapes) != shape:
+            return None
+        leads = (x for x in args if x.dim is not None and x.size == shape[x.dim])
+        lead = next(leads, None)
+        if lead is None or lead.dim is None:
+            return None
+        arrays = [
             # Scalars and dims of size 1 are broadcast, so they go with any piece.
-            if arg.dim != lead.dim and (not shape or shape[lead.dim] == 1):
-                arrays.append(self._whole(arg))
-            else:
-                arrays.append(self._align(arg, lead.dim))
+            self._align(arg, lead.dim)
+            if whole and whole[lead.dim] == shape[lead.dim]
+            else self._whole(arg)
+            for arg, whole in zip(args, shapes, strict=True)
+        ]
         outs = self._bind(eqn, arrays)
-        return [Shard(out.array, lead.dim, lead.size) for out in outs]
+        return [Shard(out, lead.dim, lead.size) for out in outs]
+
+    def _sum(self, x: Array, dims: Sequence[int]) -> Array:
+        """Sums a whole array, or the pieces of one along other dims."""
+        total = exact_sums([(x, dims)])[0] if self.shards.exact else jnp.sum(x, dims)
+        return total.astype(x.dtype)
 
     def _float_sums(self, steps: list[Step], values: list[Shard | None]) -> None:
         """Sums floats to the same bits on any number of shards."""
@@ -244,10 +336,12 @@ class Localizer:
         index, *operands = args
         branches = eqn.params["branches"]
         # A first pass, whose results are dropped, learns how each branch cuts.
+        told = len(self.gathered), len(self.whole)
         cuts = [
             [(o.dim, o.size) for o in self._eval(b.jaxpr, b.consts, operands)]
             for b in branches
         ]
+        del self.gathered[told[0] :], self.whole[told[1] :]
         wanted = [
             next((cut for cut in column if cut[0] is not None), (None, 0))
             for column in zip(*cuts, strict=True)
@@ -274,12 +368,14 @@ class Localizer:
         ]
 
 
-def _is_float_sum(eqn: Any) -> bool:
-    is_float = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
-    return eqn.primitive.name == "reduce_sum" and is_float
-
-
-def _cut_shape(eqn: Any, args: list[Shard]) -> tuple[int, ...]:
-    """Returns the whole shape of the first operand that is cut."""
-    pairs = zip(args, eqn.invars, strict=True)
-    return next(atom.aval.shape for arg, atom in pairs if arg.dim is not None)
+def _dim_like(
+    shape: Sequence[int], cuts: Sequence[tuple[Sequence[int], int]]
+) -> int | None:
+    """Returns the dim of a result that corresponds to the cut dim of an argument."""
+    for whole, dim in cuts:
+        if tuple(whole) == tuple(shape):
+            return dim
+    for whole, dim in cuts:
+        if whole[dim] in shape:
+            return list(shape).index(whole[dim])
+    return None

@@ -1,12 +1,11 @@
 """A training run, apart from any device: what is computed, never where.
 
-Owns the logical run: its first state, its update, and which dim of every leaf of its
-state is cut. Invariant: nothing here depends on a mesh. The update is written for
-whole arrays; `placement` carries it out on pieces.
+Owns the logical run: its first state, its update and what its losses return.
+Invariant: nothing here depends on a mesh. The update is written for whole arrays;
+`state_layout` decides how they are cut, and `placement` carries it out on pieces.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,29 +15,18 @@ import optax
 from jax import Array
 from jaxtyping import PRNGKeyArray
 
-from shardkit.annotations import read_axes, strip, unused_rules
-from shardkit.errors import ConfigError, PartitionError
+from shardkit.annotations import strip
+from shardkit.errors import ConfigError
 from shardkit.exact_sum import INITIAL_EXPONENT, Accumulator
-from shardkit.inexact import check_operations
-from shardkit.keys import is_key_dtype, stream
-from shardkit.layout import LeafLayout
-from shardkit.localize import Localizer
-from shardkit.logical_axes import AxisRules, check_rules, sharded_dims
+from shardkit.keys import stream
 from shardkit.loss_structure import loss_structure
 from shardkit.model import LossOutput
-from shardkit.model_state import (
-    Combiner,
-    split_variables,
-    unused_combine,
-)
+from shardkit.model_state import Combiner, split_variables
 from shardkit.noise import structure_with_squares, take_noise
-from shardkit.shards import Shards
-from shardkit.state import TrainState, make_layout
-from shardkit.tree import format_table, named_leaves
+from shardkit.state import TrainState
 
 __all__ = ["LossScale", "Recipe", "update_arguments"]
 
-_MAX_ROUNDS = 8
 # Zero gradients are finite at any scale, which must not grow until nothing else is.
 _MAX_SCALE = 2.0**60
 
@@ -188,92 +176,6 @@ class Recipe:
         found |= {name: x / out.weight for name, x in out.metrics.items()}
         return found | {"loss": out.loss_sum / out.weight, "weight": out.weight}
 
-    def layout(
-        self,
-        axis_rules: AxisRules,
-        *,
-        path_rules: Mapping[Any, Any] | None = None,
-        strict: bool = False,
-    ) -> tuple[Any, list[str]]:
-        """Decides which dim of every leaf of the state is cut.
-
-        Parameters follow their annotations. The optimizer's state follows the
-        update itself: a leaf is cut where the update leaves its new value cut, so
-        moments follow their parameters and factored moments their dims.
-
-        Returns:
-            A `TrainState` of `LeafLayout`, and warnings.
-
-        Raises:
-            PartitionError: If the annotations or rules do not fit.
-            InexactError: If the optimizer cannot be exact.
-        """
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        annotated = jax.eval_shape(self.init, key)
-        said = [read_axes(part, path_rules) for part in split_variables(annotated)]
-        names = [[leaf.names for leaf in part] for part in said]
-        leaves = [*itertools.chain.from_iterable(said)]
-        used = {name for leaf in leaves for name in leaf.names or () if name}
-        warnings = check_rules(axis_rules, used, strict=strict)
-        unused = unused_rules(leaves, path_rules)
-        unused += unused_combine(split_variables(annotated)[1], self.combine)
-        if strict and unused:
-            raise PartitionError("\n".join(unused) + "\nRemove the rule, or strict.")
-        warnings += unused
-        traced, abstract = jax.make_jaxpr(self.first_state, return_shape=True)(key)
-        if self.exact:
-            check_operations(traced, "init")
-        _check_dtypes(named_leaves(abstract.params))
-        known, dims = [], []
-        parts = abstract.params, abstract.model_state
-        for part, found in zip(parts, names, strict=True):
-            leaves = [(path, leaf.shape) for path, leaf in named_leaves(part)]
-            known.append(dict(zip(leaves, found, strict=True)))
-            paths, shapes = [path for path, _ in leaves], [shape for _, shape in leaves]
-            cut = sharded_dims(paths, shapes, found, axis_rules, strict=strict)
-            # A key's words stay together.
-            cut = [
-                -1 if is_key_dtype(leaf.dtype) else dim
-                for dim, leaf in zip(cut, jax.tree.leaves(part), strict=True)
-            ]
-            dims.append(jax.tree.structure(part).unflatten(cut))
-        param_dims, state_dims = dims
-        dims = dataclasses.replace(
-            jax.tree.map(lambda _: -1, abstract),
-            params=param_dims,
-            ema=None if self.ema is None else param_dims,
-            model_state=state_dims,
-        )
-        layout = make_layout(abstract, self._settle(abstract, dims))
-        return _with_axes(layout, *known), warnings
-
-    def _settle(self, abstract: TrainState, dims: TrainState) -> TrainState:
-        """Cuts the optimizer's state as its own update does, until nothing changes."""
-        # Any cut is right, as results are brought to it: a state that never settles,
-        # such as one that is transposed at every step, only moves more.
-        for _ in range(_MAX_ROUNDS):
-            found = self._dims_after_update(abstract, dims)
-            if jax.tree.leaves(found) == jax.tree.leaves(dims.opt_state):
-                break
-            dims = dataclasses.replace(dims, opt_state=found)
-        return dims
-
-    def _dims_after_update(self, abstract: TrainState, dims: TrainState) -> Any:
-        """Returns how one update leaves the optimizer's state cut."""
-        found: Any = None
-        shapes = update_arguments(abstract, lambda x: x)
-        in_dims = update_arguments(dims, lambda _: -1)
-
-        def trace(*args: Any) -> Any:
-            nonlocal found
-            localizer = Localizer(Shards(exact=self.exact))
-            out, (new_dims, _) = localizer(self.update, args, in_dims, shapes)
-            found = new_dims.opt_state
-            return out
-
-        jax.eval_shape(trace, *shapes)
-        return found
-
     def output_structure(
         self, params: Any, model_state: Any, batch: Any, eval_batch: Any
     ) -> tuple[Any, Any, Combiner]:
@@ -330,41 +232,3 @@ def update_arguments(state: Any, of_state: Callable[[Any], Any]) -> tuple[Any, .
     """
     model_state = jax.tree.map(of_state, state.model_state)
     return state, state.params, state.grad_exponent, model_state
-
-
-def _check_dtypes(leaves: list[tuple[str, Any]]) -> None:
-    """Refuses parameters that no exact gradient exists for."""
-    bad = [
-        (path, str(leaf.dtype))
-        for path, leaf in leaves
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize > 4
-    ]
-    if bad:
-        raise PartitionError(
-            "params must be floats of at most 32 bits; found\n"
-            + format_table(bad)
-            + "\nKeep counters and keys out of params, and cast float64 to float32."
-        )
-
-
-_Known = Mapping[tuple[str, tuple[int, ...]], tuple[str | None, ...] | None]
-
-
-def _with_axes(layout: TrainState, params: _Known, model_state: _Known) -> TrainState:
-    """Notes the logical axes of parameters, and of what has a parameter's place.
-
-    Args:
-        layout: Of the state.
-        params: Path and shape → axes.
-        model_state: Likewise.
-    """
-
-    def find(leaf: LeafLayout) -> tuple[str | None, ...] | None:
-        parts = leaf.path.split("/")
-        if parts[0] == "model_state":
-            return model_state.get(("/".join(parts[1:]), leaf.shape))
-        tails = ("/".join(parts[i:]) for i in range(1, len(parts)))
-        found = (params.get((tail, leaf.shape)) for tail in tails)
-        return next((names for names in found if names), None)
-
-    return jax.tree.map(lambda leaf: dataclasses.replace(leaf, axes=find(leaf)), layout)

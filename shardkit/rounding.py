@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["not_broadcast", "opaque_zero", "unfused"]
+__all__ = ["is_guarded", "not_broadcast", "opaque_zero", "unfused"]
 
 
 def opaque_zero(count: Array) -> Array:
@@ -22,7 +22,17 @@ def _integer(dtype: Any) -> Any:
     """Returns the integers in which bits of this float dtype are told, if any."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
-    return {2: jnp.int16, 4: jnp.int32}.get(jnp.dtype(dtype).itemsize)
+    bits = {8: jnp.int8, 16: jnp.int16, 32: jnp.int32, 64: jnp.int64}
+    return bits.get(jnp.finfo(dtype).bits)
+
+
+def is_guarded(dtype: Any) -> bool:
+    """Whether products of this dtype can be kept from being fused with sums.
+
+    >>> is_guarded(jnp.float32), is_guarded(jnp.int8), is_guarded(jnp.complex64)
+    (True, True, False)
+    """
+    return not jnp.issubdtype(dtype, jnp.inexact) or _integer(dtype) is not None
 
 
 def not_broadcast(divisor: Array, numerator: Array, zero: Array) -> Array:

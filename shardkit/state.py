@@ -6,6 +6,7 @@ global array; nothing in it names a device or a mesh. It computes no updates.
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ from shardkit.errors import PartitionError
 from shardkit.layout import LeafLayout
 from shardkit.tree import map_named
 
-__all__ = ["TrainState", "make_layout"]
+__all__ = ["Place", "TrainState", "find_place", "make_layout", "with_axes"]
+
+Place = tuple[str, tuple[int, ...]]
+"""The path and the shape of a leaf."""
 
 
 @jax.tree_util.register_dataclass
@@ -72,3 +76,46 @@ def make_layout(abstract: TrainState, dims: Any) -> Any:
             "that contains '/' or '.'."
         )
     return layout
+
+
+def find_place(
+    path: str, shape: tuple[int, ...], table: Mapping[Place, Any], default: Any = None
+) -> Any:
+    """Looks up the parameter whose place a leaf has, as moments do.
+
+    Args:
+        path: The leaf's path, which ends like the parameter's.
+        shape: The leaf's shape, which is the parameter's.
+        table: What to look up, by the path and shape of parameters.
+        default: For a leaf that has no parameter's place.
+
+    Example:
+        >>> find_place("0/mu/w", (2, 3), {("w", (2, 3)): "found"})
+        'found'
+    """
+    parts = path.split("/")
+    places = (("/".join(parts[i:]), shape) for i in range(len(parts)))
+    return next((table[place] for place in places if place in table), default)
+
+
+def with_axes(
+    layout: TrainState, params: Mapping[Place, Any], model_state: Mapping[Place, Any]
+) -> TrainState:
+    """Notes the logical axes of parameters, and of what has a parameter's place.
+
+    Args:
+        layout: A state of `LeafLayout`.
+        params: Names, by the path and shape of parameters.
+        model_state: Likewise, of the model's state.
+    """
+
+    def note(part: Any, table: Mapping[Place, Any]) -> Any:
+        return jax.tree.map(
+            lambda leaf: dataclasses.replace(
+                leaf, axes=find_place(leaf.path, leaf.shape, table)
+            ),
+            part,
+        )
+
+    noted = note(layout.model_state, model_state)
+    return dataclasses.replace(note(layout, params), model_state=noted)

@@ -38,6 +38,7 @@ from shardkit.snapshot.config import SnapshotConfig
 from shardkit.snapshot.snapshots import open_snapshots
 from shardkit.standby import Standby, check_counts
 from shardkit.state import TrainState
+from shardkit.state_layout import lay_out
 from shardkit.waits import Waiter
 
 __all__ = ["Trainer"]
@@ -160,8 +161,8 @@ class Trainer:
             noise_scale=noise_scale,
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
-        self._layout, warnings = self._recipe.layout(
-            axis_rules or {}, path_rules=path_rules, strict=strict
+        self._layout, warnings, _ = lay_out(
+            self._recipe, axis_rules or {}, path_rules=path_rules, strict=strict
         )
         for warning in [*warnings, *noticed]:
             self.events.emit("notice", message=warning)

@@ -23,8 +23,9 @@ TIERS = [
     "annotations",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap noise sampling",
-    "digest state localize program model_state put senders sources",
-    "functions",
+    "digest state program model_state put senders sources matrices operations regions "
+    "updates",
+    "functions localize",
     "gradient annotation_table loss_structure frameworks",
     "cells",
     "routes shares",
@@ -34,8 +35,8 @@ TIERS = [
     "device_copies host_copies",
     "carry",
     "recipe resharding",
-    "state_moves",
-    "staging",
+    "state_layout state_moves",
+    "staging verdict",
     "placement",
     "placements",
     "elastic metrics checkpoint evaluation probe",

@@ -10,6 +10,7 @@ import pytest
 
 import shardkit as sk
 from shardkit.recipe import Recipe
+from shardkit.state_layout import lay_out
 
 ROWS, WIDTH, GRID = 26, 7, 13
 DECAY = 0.9
@@ -287,7 +288,7 @@ def test_axes_of_a_copy_in_the_state_are_its_own():
     recipe = Recipe(
         init=init, loss=loss, tx=optax.adam(0.1), num_microbatches=GRID, ema=0.9
     )
-    layout, _ = recipe.layout({})
+    layout, *_ = lay_out(recipe, {})
     axes = {leaf.path: leaf.axes for leaf in jax.tree.leaves(layout)}
     assert axes["params/w"] == axes["ema/w"] == (None, "mlp")
     assert axes["model_state/w"] == ("embed", None)

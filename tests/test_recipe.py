@@ -8,10 +8,11 @@ import optax
 import pytest
 
 from shardkit.annotations import axes
-from shardkit.errors import InexactError, PartitionError
+from shardkit.errors import ConfigError, InexactError, PartitionError
 from shardkit.exact_sum import INITIAL_EXPONENT
 from shardkit.model import LossOutput
 from shardkit.recipe import LossScale, Recipe, update_arguments
+from shardkit.state_layout import lay_out
 
 RULES = {"embed": "fsdp"}
 KEY = jax.random.key(0)
@@ -37,7 +38,7 @@ def recipe_of(tx=None, **options):
 
 def cuts(recipe, rules=RULES, **options):
     """Path → cut dim of all leaves that are cut."""
-    layout, _ = recipe.layout(rules, **options)
+    layout, *_ = lay_out(recipe, rules, **options)
     return {leaf.path: leaf.dim for leaf in jax.tree.leaves(layout) if leaf.dim >= 0}
 
 
@@ -88,7 +89,7 @@ def test_state_of_an_optimizer_that_is_cut(tx, expected):
 
 def test_the_layout_covers_the_whole_state():
     recipe = recipe_of(ema=0.9, loss_scale=LossScale())
-    layout, _ = recipe.layout(RULES)
+    layout, *_ = lay_out(recipe, RULES)
     state = jax.eval_shape(recipe.first_state, KEY)
     assert jax.tree.structure(layout) == jax.tree.structure(state)
     for leaf, x in zip(jax.tree.leaves(layout), jax.tree.leaves(state), strict=True):
@@ -96,7 +97,7 @@ def test_the_layout_covers_the_whole_state():
     paths = [leaf.path for leaf in jax.tree.leaves(layout)]
     assert len(set(paths)) == len(paths)
     assert {"ema/w": 0, "ema/v": 1}.items() <= cuts(recipe).items()
-    assert recipe_of(exact=False).layout(RULES)[0].grad_exponent is None
+    assert lay_out(recipe_of(exact=False), RULES)[0].grad_exponent is None
 
 
 def delayed(num_steps):
@@ -129,7 +130,7 @@ def test_a_state_whose_cut_never_settles_still_has_a_layout():
     recipe = recipe_of(
         tx, init=lambda k: {"square": axes(jnp.ones((4, 4)), "embed", None)}
     )
-    assert recipe.layout(RULES)[0].opt_state.dim in (0, 1)
+    assert lay_out(recipe, RULES)[0].opt_state.dim in (0, 1)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -149,7 +150,7 @@ class Plain:
 
 def test_any_pytree_can_be_parameters():
     recipe = recipe_of(init=lambda k: Plain(axes(jnp.ones((6, 4)), "embed", None)))
-    layout, _ = recipe.layout(RULES)
+    layout, *_ = lay_out(recipe, RULES)
     assert isinstance(layout.params, Plain)
     assert sorted(leaf.dim for leaf in jax.tree.leaves(layout.opt_state)) == [-1, 0, 0]
 
@@ -165,7 +166,7 @@ def test_parameters_of_other_dtypes_are_refused_all_at_once():
         }
 
     with pytest.raises(PartitionError) as caught:
-        recipe_of(optax.identity(), init=bad).layout(RULES)
+        lay_out(recipe_of(optax.identity(), init=bad), RULES)
     lines = str(caught.value).splitlines()
     found = dict(line.split() for line in lines if line.startswith("  "))
     assert found == {
@@ -181,7 +182,7 @@ def test_float64_is_refused():
     jax.config.update("jax_enable_x64", True)
     try:
         with pytest.raises(PartitionError, match="float64"):
-            recipe_of(init=lambda k: {"w": jnp.ones(3, jnp.float64)}).layout(RULES)
+            lay_out(recipe_of(init=lambda k: {"w": jnp.ones(3, jnp.float64)}), RULES)
     finally:
         jax.config.update("jax_enable_x64", before)
 
@@ -200,13 +201,13 @@ def test_half_precision_parameters_keep_their_dtype():
 
 def test_layout_reports_rules_strictness_and_path_rules():
     recipe = recipe_of()
-    _, warnings = recipe.layout({"embed": "fsdp", "embd": "fsdp"})
+    _, warnings, _ = lay_out(recipe, {"embed": "fsdp", "embd": "fsdp"})
     assert len(warnings) == 1
     assert "'embd'" in warnings[0]
     with pytest.raises(PartitionError, match="'embd'"):
-        recipe.layout({"embed": "fsdp", "embd": "fsdp"}, strict=True)
+        lay_out(recipe, {"embed": "fsdp", "embd": "fsdp"}, strict=True)
     with pytest.raises(PartitionError, match=r"b\s+\(4,\)"):
-        recipe.layout(RULES, strict=True)
+        lay_out(recipe, RULES, strict=True)
     assert cuts(recipe, path_rules={"b": ("embed",)})["params/b"] == 0
     assert cuts(recipe, rules={}) == {}
 
@@ -220,7 +221,43 @@ def test_an_optimizer_that_cannot_be_exact_is_refused():
 
     tx = optax.GradientTransformation(lambda params: (), update)
     with pytest.raises(InexactError, match="pure_callback"):
-        recipe_of(tx).layout(RULES)
+        lay_out(recipe_of(tx), RULES)
+
+
+def test_an_optimizer_that_needs_more_than_a_run_gives_is_refused():
+    tx = optax.chain(optax.clip(1.0), optax.contrib.reduce_on_plateau())
+    with pytest.raises(ConfigError, match="asks for 'value'") as caught:
+        lay_out(recipe_of(tx), RULES)
+    assert "sk.exactness" in str(caught.value)
+    with pytest.raises(ConfigError, match="asks for 'value'"):
+        lay_out(recipe_of(tx, exact=False), RULES)
+
+
+def test_a_state_that_an_update_changes_the_shape_of_is_refused():
+    def update(grads, state, params=None):
+        return grads, jnp.concatenate([state, state])
+
+    tx = optax.GradientTransformation(lambda params: jnp.zeros(3), update)
+    with pytest.raises(ConfigError, match=r"float32\[3\] before .* float32\[6\] after"):
+        lay_out(recipe_of(tx), RULES)
+
+
+def test_an_error_that_is_not_the_optimizers_stays_what_it_is(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("elsewhere")
+
+    monkeypatch.setattr("shardkit.recipe.optax.apply_updates", fails)
+    with pytest.raises(RuntimeError, match="elsewhere"):
+        lay_out(recipe_of(), RULES)
+
+
+def test_what_an_update_leaves_alone_is_cut_like_its_parameter():
+    def update(grads, state, params=None):
+        return jax.tree.map(jnp.subtract, state["first"], params), state
+
+    tx = optax.GradientTransformation(lambda params: {"first": params}, update)
+    found = cuts(recipe_of(tx))
+    assert found == PARAMS | {"opt_state/first/v": 1, "opt_state/first/w": 0}
 
 
 # The first state and the update.
