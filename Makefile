@@ -19,7 +19,7 @@ VENV := .venv$(addprefix -,$(OTHER))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(VERSION)
 
-SOURCES := $(wildcard shardkit models tests benchmarks train.py)
+SOURCES := $(wildcard shardkit models examples tests benchmarks train.py)
 TESTS := --doctest-modules --doctest-glob=README.md tests shardkit models README.md
 
 .PHONY: help
@@ -55,7 +55,7 @@ bench: $(INSTALLED) ## Measure a step beside hand-written loops
 .PHONY: clean
 clean: ## Remove environments and caches; runs stay
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis dist
-	find shardkit models tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find shardkit models examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # What is left of another version or of an interrupted set-up is made anew; `--group`
 # needs pip 25.1.

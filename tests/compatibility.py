@@ -21,6 +21,25 @@ SPEC = PartitionSpec(None, "fsdp")
 CHANGES = {0: 8, 1: 5, 2: 2, 3: 8}
 STEPS = 4
 
+
+def _by_parts():
+    """One optimizer for matrices, another for what is left, masked in part."""
+    schedule = optax.linear_schedule(1e-2, 1e-3, 3)
+    rest = optax.chain(
+        optax.masked(
+            optax.add_decayed_weights(0.1),
+            lambda p: jax.tree.map(lambda x: x.ndim > 0, p),
+        ),
+        optax.sgd(schedule),
+    )
+    return optax.multi_transform(
+        {"matrix": optax.inject_hyperparams(optax.adam)(schedule), "rest": rest},
+        lambda params: jax.tree.map(
+            lambda x: "matrix" if x.ndim == 2 else "rest", params
+        ),
+    )
+
+
 OPTIMIZERS = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "Adam": lambda: optax.adamw(1e-2, weight_decay=0.1),
@@ -28,6 +47,7 @@ OPTIMIZERS = {
     "sign": lambda: optax.lion(1e-3),
     "layerwise": lambda: optax.lamb(1e-2),
     "matrix": lambda: optax.contrib.muon(1e-2),
+    "by parts": _by_parts,
     "accumulating": lambda: optax.MultiSteps(optax.adam(1e-2), every_k_schedule=2),
 }
 
