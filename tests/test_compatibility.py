@@ -32,16 +32,8 @@ def is_same(framework, way, optimizer):
     return found == unchanged(framework, optimizer)
 
 
-SOME = [
-    ("dataclass", "type", "Adam"),
-    ("Flax NNX", "Flax's metadata", "matrix"),
-    ("Equinox", "path rule", "accumulating"),
-]
-
-
-@pytest.mark.parametrize(("framework", "way", "optimizer"), SOME)
-def test_some_of_all_cells_keep_their_bits(framework, way, optimizer):
-    assert is_same(framework, way, optimizer)
+def test_one_of_all_cells_keeps_its_bits():
+    assert is_same("Flax NNX", "Flax's metadata", "by parts")
 
 
 @pytest.mark.slow

@@ -24,7 +24,13 @@ SPECS = {
     "Nx2": sk.MeshSpec(data=-1, fsdp=2),
     "Nx1": sk.MeshSpec(data=-1, fsdp=1),
 }
-QUICK = [name for name in PROBLEMS if not name.startswith(("linear", "digits-wide"))]
+# What these have, others have too; the soaks have them all.
+LONG = {"digits-clip-adamw-static-scale", "digits-lamb", "digits-sgd-bfloat16"}
+QUICK = [
+    pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+    for name in PROBLEMS
+    if not name.startswith(("linear", "digits-wide"))
+]
 
 
 @pytest.fixture(scope="module")

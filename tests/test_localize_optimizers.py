@@ -89,7 +89,11 @@ def problem(tx, exact=True):
     )
 
 
-@pytest.mark.parametrize("name", UPDATED)
+@pytest.mark.parametrize(
+    "name",
+    # The others are updated in `test_optimizers` too.
+    ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in [*UPDATED][1:])],
+)
 def test_optimizers_update_to_the_same_bits_on_any_number_of_shards(name):
     update, args, dims = problem(OPTIMIZERS[name]())
     one = on_shards(update, args, dims, 1)

@@ -185,7 +185,9 @@ def compiled():
     logger.setLevel(before)
 
 
-@pytest.mark.parametrize("certify", ["always", "off"])
+@pytest.mark.parametrize(
+    "certify", ["always", pytest.param("off", marks=pytest.mark.slow)]
+)
 def test_a_change_to_a_waiting_program_compiles_nothing(make, certify, compiled):
     # Moves, first steps, digests and evaluations, of the average of the parameters.
     trainer, events = make(
