@@ -1,6 +1,7 @@
 """One small model in every framework, annotated in every way that there is for it."""
 
 import dataclasses
+import functools
 from typing import Annotated, Any
 
 import equinox as eqx
@@ -82,16 +83,27 @@ def _dict(kernel):
     return sk.Model(init=init, loss=loss)
 
 
-def _dataclass(annotation, kernel=lambda x: x):
+@functools.cache
+def _class(annotation):
+    # To JAX all dataclasses of as many fields have the same structure; a cache that
+    # meets two of them can return the one for the other. What is static differs.
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass
     class Net:
         up: annotation
         down: Any
+        kind: str = dataclasses.field(
+            default=str(annotation), metadata={"static": True}
+        )
 
+    return Net
+
+
+def _dataclass(annotation, kernel=lambda x: x):
     def init(key):
         keys = jax.random.split(key)
-        return Net(kernel(_first(keys[0])), jax.random.normal(keys[1], (WIDTH, 1)))
+        up, down = kernel(_first(keys[0])), jax.random.normal(keys[1], (WIDTH, 1))
+        return _class(annotation)(up, down)
 
     def loss(net, microbatch, key):
         return score(jnp.tanh(microbatch["x"] @ net.up) @ net.down, microbatch)
