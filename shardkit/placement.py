@@ -39,6 +39,8 @@ from shardkit.waits import Waiter
 __all__ = ["Placement"]
 
 _ALL = PartitionSpec(MESH_AXES)
+# Smaller leaves that exist twice are not worth telling.
+_TOLD_BYTES = 1024
 
 
 class Placement:
@@ -216,8 +218,8 @@ class Placement:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Computes one step; the state is consumed.
 
-        The first call records in `not_donated` the leaves whose memory could not be
-        reused, which therefore exist twice while a step runs.
+        The first call records in `not_donated` the leaves above `_TOLD_BYTES` whose
+        memory could not be reused, which therefore exist twice while a step runs.
 
         Args:
             state: On this mesh.
@@ -230,10 +232,9 @@ class Placement:
         out = self.executable(state, slots, self.root)
         if not self._has_run:
             self._has_run = True
-            leaves = zip(
-                jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True
-            )
-            self.not_donated = [leaf.path for leaf, x in leaves if not x.is_deleted()]
+            leaves = zip(*map(jax.tree.leaves, (self.layout, state)), strict=True)
+            kept = [(leaf.path, x) for leaf, x in leaves if not x.is_deleted()]
+            self.not_donated = [path for path, x in kept if x.nbytes > _TOLD_BYTES]
         return out
 
     def evaluate(

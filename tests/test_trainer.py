@@ -119,6 +119,7 @@ def test_what_cannot_be_donated_is_named(make, monkeypatch):
             jax.tree.map(jnp.copy, state), *rest
         )
 
+    monkeypatch.setattr("shardkit.placement._TOLD_BYTES", 0)
     monkeypatch.setattr(Placement, "compile", compile_without_donation)
     trainer, events = make()
     consume(trainer, 2)
