@@ -265,6 +265,8 @@ def test_everything_that_is_damaged_is_told_at_once(tmp_path):
     "fields",
     [
         {"loss_bits": "xyz"},
+        {"metrics": [1.0]},
+        {"metrics": {"grad_norm": "1"}},
         {"loss": "2.0"},
         {"mesh": {"fsdp": 0}},
         {"num_devices": True},

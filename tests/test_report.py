@@ -52,7 +52,8 @@ def test_the_line_of_a_step_has_its_keys_in_order(tmp_path, terminal):
     line = directory.metrics.read_text()
     assert line == (
         '{"step": 0, "loss": 2.5, "loss_bits": "40200000", "num_devices": 8, '
-        '"mesh": {"data": 2, "fsdp": 4}, "step_s": 0.5, "tokens_per_s": 12288.0}\n'
+        '"mesh": {"data": 2, "fsdp": 4}, "step_s": 0.5, "tokens_per_s": 12288.0, '
+        '"metrics": {"grad_norm": 1.0}}\n'
     )
 
 

@@ -85,16 +85,17 @@ class StepLike(Protocol):
 def step_record(metrics: StepLike) -> dict[str, Any]:
     """Returns the line of a step: which loss, to the bit, on which devices.
 
-    A loss that is not finite, which JSON cannot write, is null; its bits remain.
+    What is not finite, which JSON cannot write, is null; the bits of a loss remain.
     """
     return {
         "step": metrics.step,
-        "loss": metrics.loss if math.isfinite(metrics.loss) else None,
+        "loss": _finite(metrics.loss),
         "loss_bits": metrics.loss_bits,
         "num_devices": metrics.num_devices,
         "mesh": dict(metrics.mesh),
         "step_s": metrics.step_s,
         "tokens_per_s": metrics.tokens_per_s,
+        "metrics": {name: _finite(x) for name, x in metrics.metrics.items()},
     }
 
 
@@ -194,6 +195,10 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -37,6 +37,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             for name in ("loss", "step_s", "tokens_per_s"):
                 if not isinstance(record.get(name), int | float | None):
                     raise ValueError(f"line {number}: {name} is no number")
+            # Lines of older runs have none.
+            others = record.get("metrics", {})
+            if not isinstance(others, dict):
+                raise ValueError(f"line {number}: metrics is no table")
+            for name, x in others.items():
+                if not isinstance(x, int | float | None):
+                    raise ValueError(f"line {number}: {name} is no number")
         elif kind == "reconfigure":
             _check(record, _CHANGE, f"line {number}")
             for phase in record["phases"]:
