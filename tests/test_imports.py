@@ -39,7 +39,7 @@ TIERS = [
     "staging verdict",
     "placement",
     "placements",
-    "elastic metrics checkpoint evaluation probe",
+    "elastic metrics checkpoint evaluation planner probe",
     "snapshot",
     "certificate rescue chaos",
     "controller",
