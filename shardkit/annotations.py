@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardkit.arguments import check_mapping
 from shardkit.errors import PartitionError
 from shardkit.mesh import MESH_AXES
 from shardkit.tree import find_rule, format_table, path_string
@@ -150,6 +151,7 @@ def read_axes(tree: Any, path_rules: Mapping[Any, Any] | None = None) -> list[Le
         PartitionError: Naming all arrays whose annotations do not fit them, or one
             another.
     """
+    check_mapping("path_rules", path_rules, "Make one of pairs by dict(pairs).")
     found, bad, conflicts = [], [], []
     for path, array, said in _said(tree):
         shape, spelled = np.shape(array), []

@@ -11,7 +11,13 @@ from typing import Any
 
 from shardkit.errors import DataError
 
-__all__ = ["abstract_batch", "check_alike", "check_batch", "checked_data"]
+__all__ = [
+    "abstract_batch",
+    "check_alike",
+    "check_batch",
+    "check_named",
+    "checked_data",
+]
 
 
 def _iterate_leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -47,6 +53,7 @@ def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
             f"{where}: expected at least one microbatch, found num_microbatches = "
             f"{num_microbatches}. Raise it to 1 or more."
         )
+    check_named(batch, where=where)
     shapes = {
         path: tuple(getattr(leaf, "shape", ())) for path, leaf in _iterate_leaves(batch)
     }
@@ -73,6 +80,26 @@ def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
             _explain_indivisible(where, list(shapes), size, num_microbatches)
         )
     return size
+
+
+def check_named(batch: Any, *, where: str) -> None:
+    """Refuses arrays without names, as in `(x, y)`.
+
+    Args:
+        batch: What should be arrays in a dict.
+        where: What it is, for the message.
+
+    Raises:
+        DataError: For a tuple or a list in place of a dict.
+
+    Example:
+        >>> check_named({"x": 1, "y": 2}, where="data(0)")
+    """
+    if isinstance(batch, tuple | list):
+        raise DataError(
+            f"{where}: expected a dict of arrays, found a {type(batch).__name__} of "
+            f'{len(batch)}. Name its parts, as in {{"x": x, "y": y}}.'
+        )
 
 
 def check_alike(batch: Any, first: Any, *, where: str) -> None:
