@@ -145,7 +145,13 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
         ConfigError, DataError: If there is no such data.
     """
     data, seed = config.data, config.train.seed
-    common: dict[str, Any] = {"global_batch_size": data.global_batch_size, "seed": seed}
+    common: dict[str, Any] = {"seed": seed}
+    # What is evaluated on does not grow with the batch.
+    rows: dict[str, Any] = dict.fromkeys(
+        ("train", "validation"), data.global_batch_size
+    )
+    if data.batch_ramp is not None:
+        rows["train"] = data.rows
     evaluates = config.train.eval_batches > 0
     if data.factory == "text":
         from shardkit.data import TextBatches, TextCorpus
@@ -155,9 +161,14 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
             data.path, **({} if fraction is None else {"validation_fraction": fraction})
         )
         common |= {"sequence_length": data.sequence_length}
-        train = TextBatches(corpus, split="train", **common)
-        valid = TextBatches(corpus, split="validation", **common) if evaluates else None
-        return train, valid, corpus.digest
+
+        def cut(split: str) -> Any:
+            return TextBatches(
+                corpus, split=split, global_batch_size=rows[split], **common
+            )
+
+        valid = cut("validation") if evaluates else None
+        return cut("train"), valid, corpus.digest
 
     factory = data.factory
     if factory in BUILT_IN_DATA:
@@ -169,7 +180,8 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
         }
 
     def build(split: str) -> Any:
-        return call_factory(factory, data.options, where="data", split=split, **common)
+        given = {"split": split, "global_batch_size": rows[split], **common}
+        return call_factory(factory, data.options, where="data", **given)
 
     train = build("train")
     valid = build("validation") if evaluates else None
@@ -252,12 +264,12 @@ def build_trainer(
         init=model.init,
         loss=model.loss,
         eval_loss=model.eval_loss,
-        tx=build_optimizer(config.optimizer, params),
+        tx=build_optimizer(config.optimizer, params, config.data.ramp),
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
         combine=model.combine,
         axis_rules={**model.axis_rules, **rules},
-        num_microbatches=config.data.num_microbatches,
+        num_microbatches=config.data.ramp,
         seed=config.train.seed,
         consistency=config.train.consistency,
         certify=config.train.certify,

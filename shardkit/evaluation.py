@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from shardkit.batch import abstract_batch, check_batch
+from shardkit.device_work import evaluated
 from shardkit.errors import ConfigError, DataError, NonFiniteError
 from shardkit.model import call_loss
-from shardkit.placement import Placement, evaluated
+from shardkit.placement import Placement
 from shardkit.recipe import Recipe
 from shardkit.state import TrainState
 
@@ -152,7 +153,7 @@ def check_weights(config: EvalConfig, recipe: Recipe, layout: Any) -> None:
     data = config.data
     if not isinstance(data, FixedSet) or not data.is_filled:
         return
-    loss, num = recipe.eval_loss or recipe.loss, recipe.num_microbatches
+    loss, num = recipe.eval_loss or recipe.loss, recipe.num_eval_microbatches
     batch = abstract_batch(data(0))
     rest = {name: x for name, x in batch.items() if name != data.weight}
 
@@ -186,7 +187,7 @@ def check_other(config: EvalConfig, placement: Placement) -> None:
     """
     check_weights(config, placement.recipe, placement.layout)
     batch = config.data(0)
-    num = placement.recipe.num_microbatches
+    num = placement.recipe.num_eval_microbatches
     check_batch(batch, num_microbatches=num, where="eval data(0)")
     params, state = jax.tree.map(lambda x: x.abstract, evaluated(placement.layout))
     placement.recipe.eval_structure(params, state, abstract_batch(batch))
@@ -214,7 +215,7 @@ def evaluate(
     Raises:
         NonFiniteError: If there is nothing to divide by.
     """
-    num = placement.recipe.num_microbatches
+    num = placement.recipe.num_eval_microbatches
     totals: dict[str, float] = {}
     for index in range(config.size):
         batch = data(index)

@@ -31,6 +31,9 @@ def train(
 ) -> Generator[StepMetrics, None, None]:
     """Trains until `steps` steps are done; see `Trainer.run`.
 
+    Signals are heard while a step is made. What the caller does between two of them is
+    never given up.
+
     Args:
         controller: Holds the state.
         steps: The absolute end.
@@ -39,8 +42,24 @@ def train(
         due: What is to be done after every so many steps, in this order.
         probe: What measures this process beside the steps, or None.
     """
+    made = _steps(controller, steps, membership, pending, due, probe)
+    metrics = _until_given_up(controller, pending, made)
     try:
-        yield from _steps(controller, steps, membership, pending, due, probe)
+        while True:
+            with controller.waiter.listening(membership.leaving):
+                found = next(metrics, None)
+            if found is None:
+                return
+            yield found
+    finally:
+        metrics.close()
+
+
+def _until_given_up(
+    controller: Controller, pending: Pending, steps: Iterator[StepMetrics]
+) -> Generator[StepMetrics, None, None]:
+    try:
+        yield from steps
     except GivenUp:
         # Only what has been looked at is saved.
         yield from pending.flush()

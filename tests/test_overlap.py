@@ -323,7 +323,7 @@ def test_a_request_outlives_the_run_in_which_it_came(make, loss):
             send(signal.SIGUSR1)
     assert trainer._controller.num_asked == 7
     loss.may_end.set()
-    assert trainer._controller._overlap.wait(TIMEOUT_S)
+    assert trainer._controller.foresight._overlap.wait(TIMEOUT_S)
     [metrics] = trainer.run(steps=7, membership=membership)
     assert metrics.num_devices == 7
 

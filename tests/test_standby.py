@@ -134,7 +134,7 @@ def test_configured_counts_are_prepared_before_guesses(make):
     trainer, _ = make(standby=2, standby_counts=[3], certify="off")
     for metrics in trainer.run(6, sk.scripted({9: 5})):
         if metrics.step == 4:
-            assert trainer._controller._standby.wait(TIMEOUT_S)
+            assert trainer.wait_for_standby(TIMEOUT_S)
     known = trainer._controller.placements._known.values()
     ready = [placement.num_devices for placement in known if placement.is_compiled]
     assert ready == [8, 5, 3]
@@ -202,7 +202,7 @@ def test_a_change_to_a_waiting_program_compiles_nothing(make, certify, compiled)
     for metrics in trainer.run(steps=14, membership=sk.scripted(script)):
         seen.append(metrics.step)
         if metrics.step == 4:
-            assert trainer._controller._standby.wait(TIMEOUT_S)
+            assert trainer.wait_for_standby(TIMEOUT_S)
             # 8; scripted 5 and 3; 7, 6 and 4
             assert trainer.compiles["step"] == trainer.compiles["evaluate"] == 6
             assert compiled
