@@ -191,9 +191,18 @@ def unused_rules(
     paths = [leaf.path for leaf in leaves]
     return [
         f"path_rules: no array's path fits {_spell_rule(pattern)}"
+        f"{_rest_hint(pattern, paths)}"
         for pattern in path_rules or {}
         if not any(find_rule(path, {pattern: True}) for path in paths)
     ]
+
+
+def _rest_hint(pattern: Any, paths: Sequence[str]) -> str:
+    """Tables of a model with a state put `params/` in front; rules do not have it."""
+    head, _, rest = pattern.partition("/") if isinstance(pattern, str) else ("", "", "")
+    fits = any(find_rule(path, {rest: True}) for path in paths)
+    is_head = fits and head in ("params", "state")
+    return f"; paths begin within {head}: {rest!r}" if is_head else ""
 
 
 def _refuse(bad: list[tuple[str, ...]], conflicts: list[tuple[str, ...]]) -> None:

@@ -62,9 +62,10 @@ def resolve_factory(name: str, *, where: str = "factory") -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if f"{module_name}.".startswith(f"{missing}."):
+            places = list(dict.fromkeys(path or "." for path in sys.path))
             raise ConfigError(
-                f"{where}: there is no module {missing!r} for {name!r}; "
-                f"looked in {', '.join(path or '.' for path in sys.path[:2])}, …"
+                f"{where}: there is no module {missing!r} for {name!r}; looked in "
+                f"{', '.join(places[:2])}, … Put its directory on PYTHONPATH."
             ) from None
         raise ConfigError(
             f"{where}: module {module_name!r} needs {missing!r}; install it"
@@ -192,9 +193,16 @@ def build_sampler(config: RunConfig) -> Callable[..., Any]:
     """Returns what makes text of the parameters of a config's model.
 
     Raises:
-        ConfigError: If the model makes none.
+        ConfigError: If the model makes none, or none of bytes.
     """
-    name = config.model.factory
+    name, data = config.model.factory, config.data
+    if data.factory == "tokens" or (
+        data.factory == "documents" and data.options.get("tokenizer") is not None
+    ):
+        raise ConfigError(
+            f"--sample: it takes and prints bytes, and the data of factory = "
+            f"{data.factory!r} are ids of a tokenizer. Leave the flag out."
+        )
     sample = call_factory(name, config.model.options, where="model").sample
     if sample is None:
         raise ConfigError(

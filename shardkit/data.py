@@ -136,6 +136,9 @@ def _pick_examples(
 
 def _check_sizes(where: str, **sizes: int | BatchRamp):
     numbers = {name: x for name, x in sizes.items() if not isinstance(x, BatchRamp)}
+    for name, size in numbers.items():
+        if not hasattr(size, "__index__"):
+            as_ramp(size, f"{where}: {name}")
     bad = [f"{name} = {size}" for name, size in numbers.items() if size < 1]
     if bad:
         raise DataError(

@@ -55,6 +55,11 @@ class FixedSet:
 
     def __post_init__(self) -> None:
         check_batch(self.arrays, num_microbatches=1, where="FixedSet")
+        if not hasattr(self.global_batch_size, "__index__"):
+            raise DataError(
+                "FixedSet: expected a global_batch_size that is a whole number, found "
+                f"{self.global_batch_size!r}. All batches of a set have one size."
+            )
         if self.global_batch_size < 1:
             raise DataError(
                 "FixedSet: expected a global_batch_size of at least 1, found "
@@ -174,8 +179,9 @@ def check_weights(config: EvalConfig, recipe: Recipe, layout: Any) -> None:
             f"EvalConfig: the {data.num_rows} rows of the set do not fill "
             f"{data.num_batches} batches of {data.global_batch_size}, and the loss "
             f"does not read microbatch[{data.weight!r}], which is 0 for rows that only "
-            "fill. Multiply what it sums, and its weight, by it; or choose a "
-            "global_batch_size that divides the rows."
+            "fill. Multiply what it sums, and its weight, by it, in an eval_loss if "
+            "batches of training have none; or choose a global_batch_size that divides "
+            "the rows."
         )
 
 

@@ -76,7 +76,9 @@ class Examples:
 
     def __post_init__(self):
         size = self.global_batch_size
-        if not isinstance(size, BatchRamp) and size < 1:
+        if not hasattr(size, "__index__"):
+            as_ramp(size, "Examples: global_batch_size")
+        elif not isinstance(size, BatchRamp) and size < 1:
             raise DataError(
                 f"Examples: expected a global_batch_size of at least 1, found {size}. "
                 "Raise it."
