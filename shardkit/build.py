@@ -168,8 +168,10 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
                 corpus, split=split, global_batch_size=rows[split], **common
             )
 
+        train, digest = cut("train"), corpus.digest
         valid = cut("validation") if evaluates else None
-        return cut("train"), valid, corpus.digest
+        _check_vocabulary(train(0), config)
+        return train, valid, digest
 
     factory = data.factory
     if factory in BUILT_IN_DATA:
@@ -186,7 +188,20 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
 
     train = build("train")
     valid = build("validation") if evaluates else None
+    if data.factory in BUILT_IN_DATA:
+        _check_vocabulary(train(0), config)
     return train, valid, getattr(train, "digest", None)
+
+
+def _check_vocabulary(batch: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses ids that the model has no row for; a look at the first batch is cheap."""
+    size = config.model.options.get("vocab_size")
+    if isinstance(size, int) and (largest := int(batch["tokens"].max())) >= size:
+        raise ConfigError(
+            f"[model.options] vocab_size: the data have a token {largest}, expected at "
+            f"least {largest + 1}, found {size}. Give the size of the tokenizer's "
+            "vocabulary."
+        )
 
 
 def build_sampler(config: RunConfig) -> Callable[..., Any]:
