@@ -1,7 +1,7 @@
 """Files as sources, text to tokens, and documents packed into rows."""
 
-import itertools
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -326,5 +326,5 @@ def test_tokens_that_a_model_has_no_row_for_are_refused(tmp_path):
         return dataclasses.replace(config, model=model)
 
     build_batches(with_vocabulary(301))
-    with pytest.raises(ConfigError, match="token 300, expected at least 301, found 256"):
+    with pytest.raises(ConfigError, match="token 300, .* 301, found 256"):
         build_batches(with_vocabulary(256))
