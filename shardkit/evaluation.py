@@ -55,10 +55,11 @@ class FixedSet:
 
     def __post_init__(self) -> None:
         check_batch(self.arrays, num_microbatches=1, where="FixedSet")
-        if self.global_batch_size < 1:
+        size = self.global_batch_size
+        if not isinstance(size, SupportsIndex) or operator.index(size) < 1:
             raise DataError(
-                "FixedSet: expected a global_batch_size of at least 1, found "
-                f"{self.global_batch_size}."
+                "FixedSet: expected a global_batch_size of at least 1, a whole number "
+                f"that no ramp changes, found {size!r}."
             )
         if self.weight in self.arrays:
             raise DataError(
