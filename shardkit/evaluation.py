@@ -55,15 +55,11 @@ class FixedSet:
 
     def __post_init__(self) -> None:
         check_batch(self.arrays, num_microbatches=1, where="FixedSet")
-        if not hasattr(self.global_batch_size, "__index__"):
+        size = self.global_batch_size
+        if not isinstance(size, SupportsIndex) or operator.index(size) < 1:
             raise DataError(
-                "FixedSet: expected a global_batch_size that is a whole number, found "
-                f"{self.global_batch_size!r}. All batches of a set have one size."
-            )
-        if self.global_batch_size < 1:
-            raise DataError(
-                "FixedSet: expected a global_batch_size of at least 1, found "
-                f"{self.global_batch_size}."
+                "FixedSet: expected a global_batch_size of at least 1, a whole number "
+                f"that no ramp changes, found {size!r}."
             )
         if self.weight in self.arrays:
             raise DataError(

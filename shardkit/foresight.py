@@ -45,6 +45,7 @@ class Foresight:
         self._overlap = Overlap(self._preparing, events)
         self._present: Placement | None = None
         self._num_here = 0
+        self._is_outdated = False
 
     @property
     def num_asked(self) -> int | None:
@@ -67,6 +68,10 @@ class Foresight:
         # yet, one program is compiled and not two.
         is_single = jax.process_count() == 1
         can_wait = is_single and present is not None and present.is_compiled
+        if self._is_outdated and can_wait:
+            # What was begun is the program of a step of another phase.
+            self._overlap.begin_anew()
+        self._is_outdated = False
         now = {"step": step, "num_devices": num_devices}
         return self._overlap.next(change, can_wait=can_wait, **now)
 
@@ -90,6 +95,8 @@ class Foresight:
     def enters_phase(self) -> None:
         """Notes that the run goes on with another number of microbatches."""
         self._num_here = 0
+        # Only with the next step is it known where that will be.
+        self._is_outdated = True
         if self._standby is not None:
             self._standby.begin_anew()
 

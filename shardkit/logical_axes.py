@@ -69,8 +69,8 @@ def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> li
     if unused and strict:
         raise PartitionError("\n".join(unused) + "\nRemove the rule, or strict.")
     return unused + [
-        f"axis_rules: {name.removeprefix(MESH)!r} goes to 'data', along which no array "
-        "is cut, so that every device holds it whole; 'fsdp' cuts"
+        ("a PartitionSpec" if name.startswith(MESH) else f"axis_rules: {name!r}")
+        + " goes to 'data', along which no array is cut; 'fsdp' cuts"
         for name in sorted(used)
         if mesh_axis(name, rules) == "data"
     ]

@@ -14,6 +14,7 @@ from shardkit.controller import Controller
 from shardkit.elastic import ask
 from shardkit.leaving import halt, save_and_leave
 from shardkit.membership import Membership
+from shardkit.mesh import check_no_mesh_is_set
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.probe import SpeedProbe
 from shardkit.waits import GivenUp
@@ -41,7 +42,12 @@ def train(
         pending: What holds steps back until the next one is under way.
         due: What is to be done after every so many steps, in this order.
         probe: What measures this process beside the steps, or None.
+
+    Raises:
+        ConfigError: If `jax.set_mesh` has made another mesh the current one; and what
+            `Trainer.run` names.
     """
+    check_no_mesh_is_set()
     made = _steps(controller, steps, membership, pending, due, probe)
     metrics = _until_given_up(controller, pending, made)
     try:
@@ -85,8 +91,10 @@ def _steps(
             halt(controller)
         change = controller.next_change(change)
         wanted = change.num_devices or count
-        moves = controller.live is not None and wanted != count
-        if moves:
+        present = controller.live and controller.live[0]
+        moves = present is not None and wanted != count
+        if moves or (present is not None and not present.is_compiled):
+            # Neither a move nor a compilation is a part of a step's time.
             yield from pending.flush()
         controller.start(wanted)
         if controller.is_resumed:

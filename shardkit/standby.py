@@ -230,19 +230,16 @@ class Standby:
         if not self._queue:
             return None
         count, present, prepare = self._queue.pop(0)
-        is_free = self._is_free(count, present)
+        # Counted as it is begun: what ends in another phase is none of its programs.
+        self._programs_left -= not self._is_free(count, present)
         self._ready.add((present, count))
         self._made.add(count)
-        return functools.partial(self._make, prepare, is_free)
+        return functools.partial(self._make, prepare)
 
-    def _make(self, prepare: Callable[[], int], is_free: bool) -> None:
-        num_bytes = 0
-        try:
-            num_bytes = prepare()
-        finally:
-            with self._background.changed:
-                self._programs_left -= not is_free
-                self._bytes_left -= num_bytes
+    def _make(self, prepare: Callable[[], int]) -> None:
+        num_bytes = prepare()
+        with self._background.changed:
+            self._bytes_left -= num_bytes
 
     def _is_free(self, count: int, present: int | None) -> bool:
         """Whether it counts as no program."""

@@ -278,6 +278,7 @@ class Trainer:
             CertificateError: If a change altered bits.
             NonFiniteError: If the loss is not finite.
             LostStateError: If shards were lost and are in no snapshot or checkpoint.
+            ConfigError: If `jax.set_mesh` has made another mesh the current one.
         """
         controller = self._controller
         membership = scripted({}) if membership is None else membership

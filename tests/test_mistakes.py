@@ -79,15 +79,18 @@ def test_rules_as_other_libraries_write_them():
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "whose"),
     [
-        {"axis_rules": {"embed": "data"}},
-        {"path_rules": {"w": PartitionSpec("data")}, "init": lambda key: three(key)},
+        ({"axis_rules": {"embed": "data"}}, "axis_rules: 'embed'"),
+        (
+            {"path_rules": {"w": PartitionSpec("data")}, "init": lambda k: three(k)},
+            "a PartitionSpec",
+        ),
     ],
 )
-def test_a_mesh_axis_that_cuts_nothing(changed):
+def test_a_mesh_axis_that_cuts_nothing(changed, whose):
     [notice] = run(**{"axis_rules": {}, **changed})
-    assert "goes to 'data', along which no array is cut" in notice
+    assert notice.startswith(f"{whose} goes to 'data', along which no array is cut;")
 
 
 def test_a_mesh_that_is_set():
@@ -95,6 +98,14 @@ def test_a_mesh_that_is_set():
         text = refusal(sk.ConfigError)
     assert "{'x': 8} the current mesh" in text
     assert "leave jax.set_mesh out" in text
+
+
+def test_a_mesh_that_is_set_later(make):
+    # JAX would refuse a save, after all the steps before it.
+    trainer, _ = make()
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        with pytest.raises(sk.ConfigError, match=r"leave jax\.set_mesh out"):
+            next(trainer.run(1))
 
 
 def test_a_logical_axis_that_no_leaf_has():

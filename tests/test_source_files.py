@@ -326,5 +326,5 @@ def test_tokens_that_a_model_has_no_row_for_are_refused(tmp_path):
         return dataclasses.replace(config, model=model)
 
     build_batches(with_vocabulary(301))
-    with pytest.raises(ConfigError, match="token 300, .* 301, found 256"):
+    with pytest.raises(ConfigError, match=r"token 300, .* 301, found 256"):
         build_batches(with_vocabulary(256))

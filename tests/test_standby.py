@@ -130,6 +130,21 @@ def test_the_way_back_is_prepared_too_and_counts_as_no_program():
     assert placements.seen == [5, 8, 8, 5]
 
 
+def test_begun_anew_it_may_make_as_many_whatever_is_under_way():
+    placements = Slow()
+    standby = Standby(placements, max_programs=1)
+    standby.expect([5, 3])
+    assert placements.begun.acquire(timeout=TIMEOUT_S)
+    standby.begin_anew()
+    for _ in range(3):
+        placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    standby.expect([5, 3])
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5, 5]
+    standby.close()
+
+
 def test_configured_counts_are_prepared_before_guesses(make):
     trainer, _ = make(standby=2, standby_counts=[3], certify="off")
     for metrics in trainer.run(6, sk.scripted({9: 5})):
