@@ -127,14 +127,14 @@ def _apply(
 
 
 def digits(
-    *, global_batch_size: int, seed: int = 0, split: str = "train"
+    *, global_batch_size: int | sk.BatchRamp, seed: int = 0, split: str = "train"
 ) -> Callable[[SupportsIndex], dict[str, np.ndarray]]:
     """Reads the 1797 images of digits that come with scikit-learn.
 
     Which images are kept for validation, a fifth of them, is fixed once and for all.
 
     Args:
-        global_batch_size: Images of a batch, over all devices together.
+        global_batch_size: Images of a batch, over all devices together; or a ramp.
         seed: Chooses the order of each epoch.
         split: `"train"` or `"validation"`.
 

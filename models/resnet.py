@@ -204,12 +204,12 @@ class _Norm:
 
 
 def digits(
-    *, global_batch_size: int, seed: int = 0, split: str = "train"
+    *, global_batch_size: int | sk.BatchRamp, seed: int = 0, split: str = "train"
 ) -> Callable[[Any], Any]:
     """Reads the digits of `models.mlp`, of which validation sees each image once.
 
     Args:
-        global_batch_size: Images of a batch, over all devices together.
+        global_batch_size: Images of a batch, over all devices together; or a ramp.
         seed: Chooses the order of each epoch.
         split: `"train"` or `"validation"`.
 
@@ -221,4 +221,6 @@ def digits(
     """
     if split == "train":
         return mlp.digits(global_batch_size=global_batch_size, seed=seed)
+    if isinstance(global_batch_size, sk.BatchRamp):
+        global_batch_size = global_batch_size(0)
     return sk.FixedSet(mlp.read_digits(split), global_batch_size=global_batch_size)

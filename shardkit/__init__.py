@@ -54,8 +54,10 @@ if TYPE_CHECKING:
     from shardkit.model_state import Variables as Variables
     from shardkit.program import Program as Program
     from shardkit.program_cache import use_program_cache as use_program_cache
+    from shardkit.ramp import BatchRamp as BatchRamp
     from shardkit.recipe import LossScale as LossScale
     from shardkit.resharding import reshard as reshard
+    from shardkit.schedules import scale_to_batch as scale_to_batch
     from shardkit.snapshot.config import SnapshotConfig as SnapshotConfig
     from shardkit.sources.examples import Examples as Examples
     from shardkit.sources.iterables import from_iterable as from_iterable
@@ -88,8 +90,10 @@ _HOMES = {
     "model_state": "Variables",
     "program": "Program",
     "program_cache": "use_program_cache",
+    "ramp": "BatchRamp",
     "recipe": "LossScale",
     "resharding": "reshard",
+    "schedules": "scale_to_batch",
     "snapshot.config": "SnapshotConfig",
     "sources": "Examples Mixture from_iterable",
     "trainer": "Trainer",

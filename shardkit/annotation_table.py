@@ -100,9 +100,9 @@ def annotate(
           w      4×8    embed→fsdp ·  dim 0        sk.axes
         Nothing was said of 1 of 2 arrays, which every device will hold: b
     """
-    rules = dict(axis_rules or {})
+    rules = axis_rules or {}
     if isinstance(model, Model):
-        rules = rules or dict(model.axis_rules)
+        rules = rules or model.axis_rules
         model = model.init
     tree = model
     has_arrays = any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(strip(tree)))

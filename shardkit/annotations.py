@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardkit.arguments import check_mapping
 from shardkit.errors import PartitionError
 from shardkit.mesh import MESH_AXES
 from shardkit.tree import find_rule, format_table, path_string
@@ -150,6 +151,7 @@ def read_axes(tree: Any, path_rules: Mapping[Any, Any] | None = None) -> list[Le
         PartitionError: Naming all arrays whose annotations do not fit them, or one
             another.
     """
+    check_mapping("path_rules", path_rules, "Make one of pairs by dict(pairs).")
     found, bad, conflicts = [], [], []
     for path, array, said in _said(tree):
         shape, spelled = np.shape(array), []
@@ -189,9 +191,18 @@ def unused_rules(
     paths = [leaf.path for leaf in leaves]
     return [
         f"path_rules: no array's path fits {_spell_rule(pattern)}"
+        f"{_rest_hint(pattern, paths)}"
         for pattern in path_rules or {}
         if not any(find_rule(path, {pattern: True}) for path in paths)
     ]
+
+
+def _rest_hint(pattern: Any, paths: Sequence[str]) -> str:
+    """Tables of a model with a state put `params/` in front; rules do not have it."""
+    head, _, rest = pattern.partition("/") if isinstance(pattern, str) else ("", "", "")
+    fits = any(find_rule(path, {rest: True}) for path in paths)
+    is_head = fits and head in ("params", "state")
+    return f"; paths begin within {head}: {rest!r}" if is_head else ""
 
 
 def _refuse(bad: list[tuple[str, ...]], conflicts: list[tuple[str, ...]]) -> None:

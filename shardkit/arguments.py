@@ -4,22 +4,29 @@ Owns the checks of functions and of choices, each with its message. It knows no 
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from shardkit.errors import ConfigError
 
-__all__ = ["check_call", "check_choice", "check_optimizer"]
+__all__ = ["check_call", "check_choice", "check_mapping", "check_optimizer"]
 
 
-def check_call(name: str, fn: Any, *args: str) -> None:
+def check_call(name: str, fn: Any, *args: str, remedy: str = "") -> None:
     """Checks that something can be called with so many arguments.
+
+    Args:
+        name: What it is called in messages.
+        fn: What is to be called.
+        *args: The names of its arguments.
+        remedy: What else to do about it.
 
     Raises:
         ConfigError: If not, naming them.
     """
     expected = f"Trainer: {name} must be a function of ({', '.join(args)})"
     if not callable(fn):
-        raise ConfigError(f"{expected}, found {type(fn).__name__}")
+        raise ConfigError(f"{expected}, found {type(fn).__name__}{remedy}")
     try:
         signature = inspect.signature(fn)
     except ValueError:  # written in C
@@ -27,7 +34,7 @@ def check_call(name: str, fn: Any, *args: str) -> None:
     try:
         signature.bind(*args)
     except TypeError as error:
-        raise ConfigError(f"{expected}, found {signature}: {error}") from None
+        raise ConfigError(f"{expected}, found {signature}: {error}{remedy}") from None
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -40,6 +47,21 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(
             f"Trainer: {name} must be one of {', '.join(map(repr, choices))}, "
             f"found {value!r}"
+        )
+
+
+def check_mapping(name: str, value: Any, remedy: str) -> None:
+    """Checks that rules are a dict, or None.
+
+    Raises:
+        ConfigError: If they are something else, such as pairs.
+
+    Example:
+        >>> check_mapping("axis_rules", {"embed": "fsdp"}, "dict(pairs)")
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name}: expected a dict, found a {type(value).__name__}. {remedy}"
         )
 
 

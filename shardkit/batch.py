@@ -2,7 +2,8 @@
 
 Owns the checks on a tree of host arrays before it is cut into microbatches: every
 leaf has one row per example, the grid divides the rows, and no batch differs from the
-first in anything that a compiled program depends on. It loads and places nothing.
+first in anything that a compiled program depends on, but in its number of rows as a
+ramp says. It loads and places nothing.
 """
 
 from collections import Counter
@@ -10,8 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from shardkit.errors import DataError
+from shardkit.ramp import BatchRamp, as_ramp
 
-__all__ = ["abstract_batch", "check_alike", "check_batch", "checked_data"]
+__all__ = [
+    "abstract_batch",
+    "check_alike",
+    "check_batch",
+    "check_named",
+    "checked_data",
+]
 
 
 def _iterate_leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -47,6 +55,7 @@ def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
             f"{where}: expected at least one microbatch, found num_microbatches = "
             f"{num_microbatches}. Raise it to 1 or more."
         )
+    check_named(batch, where=where)
     shapes = {
         path: tuple(getattr(leaf, "shape", ())) for path, leaf in _iterate_leaves(batch)
     }
@@ -73,6 +82,26 @@ def check_batch(batch: Any, *, num_microbatches: int, where: str) -> int:
             _explain_indivisible(where, list(shapes), size, num_microbatches)
         )
     return size
+
+
+def check_named(batch: Any, *, where: str) -> None:
+    """Refuses arrays without names, as in `(x, y)`.
+
+    Args:
+        batch: What should be arrays in a dict.
+        where: What it is, for the message.
+
+    Raises:
+        DataError: For a tuple or a list in place of a dict.
+
+    Example:
+        >>> check_named({"x": 1, "y": 2}, where="data(0)")
+    """
+    if isinstance(batch, tuple | list):
+        raise DataError(
+            f"{where}: expected a dict of arrays, found a {type(batch).__name__} of "
+            f'{len(batch)}. Name its parts, as in {{"x": x, "y": y}}.'
+        )
 
 
 def check_alike(batch: Any, first: Any, *, where: str) -> None:
@@ -139,23 +168,69 @@ def abstract_batch(batch: Any) -> Any:
 
 
 def checked_data(
-    data: Callable[[int], Any], num_microbatches: int
-) -> tuple[Any, Callable[[int], Any]]:
+    data: Callable[[int], Any], ramp: BatchRamp
+) -> tuple[Any, BatchRamp, Callable[[int], Any]]:
     """Looks at the first batch, and sees to it that the others are like it.
 
+    Args:
+        data: `step → global batch`.
+        ramp: How many microbatches each is cut into.
+
     Returns:
-        The first batch, abstractly, and what returns checked batches.
+        The first batch, abstractly, how many rows each has, and what returns checked
+        batches.
 
     Raises:
-        DataError: If the first cannot be cut; later, if one is not like it.
+        DataError: If the first cannot be cut, or the data say that they have other rows
+            in later steps; later, if a batch is not like the first.
     """
     first = data(0)
-    check_batch(first, num_microbatches=num_microbatches, where="data(0)")
+    size = check_batch(first, num_microbatches=ramp(0), where="data(0)")
+    rows = ramp.rows(size // ramp(0))
+    _check_said(getattr(data, "global_batch_size", None), rows, ramp)
     like = abstract_batch(first)
 
     def checked(step: int) -> Any:
         batch = data(step)
-        check_alike(batch, like, where=f"data({step})")
+        where = f"data({step})"
+        if not ramp.is_constant:
+            _check_rows(batch, rows(step), ramp(step), where)
+        check_alike(batch, _with_rows(like, rows(step)), where=where)
         return batch
 
-    return like, checked
+    return like, rows, checked
+
+
+def _check_said(said: Any, rows: BatchRamp, ramp: BatchRamp) -> None:
+    """Refuses at once what would be refused at the first step of another phase."""
+    is_ramp = isinstance(said, BatchRamp)
+    if not (is_ramp or (isinstance(said, int) and not ramp.is_constant)):
+        return
+    if rows != as_ramp(said, "global_batch_size"):
+        raise DataError(
+            f"data: with num_microbatches = {ramp.record} expected rows by step "
+            f"{rows.record}, found global_batch_size = "
+            f"{said.record if is_ramp else said}. Give one ramp to both: "
+            f"num_microbatches=ramp, global_batch_size=ramp.rows({rows(0) // ramp(0)})."
+        )
+
+
+def _check_rows(batch: Any, expected: int, num: int, where: str) -> None:
+    found = {getattr(leaf, "shape", (None,))[:1] for _, leaf in _iterate_leaves(batch)}
+    # Where leaves differ from one another, each is named.
+    if len(found) == 1 and found != {(expected,)}:
+        number = next(iter(found))[0] if found != {()} else "no"
+        raise DataError(
+            f"{where}: expected {expected} rows, {num} microbatches of "
+            f"{expected // num} at this step, found {number}. Return ramp(step) × "
+            f"{expected // num} rows, as sources do that are given "
+            f"global_batch_size=ramp.rows({expected // num})."
+        )
+
+
+def _with_rows(like: Any, rows: int) -> Any:
+    import jax
+
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), like
+    )

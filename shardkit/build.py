@@ -62,9 +62,10 @@ def resolve_factory(name: str, *, where: str = "factory") -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if f"{module_name}.".startswith(f"{missing}."):
+            places = list(dict.fromkeys(path or "." for path in sys.path))
             raise ConfigError(
-                f"{where}: there is no module {missing!r} for {name!r}; "
-                f"looked in {', '.join(path or '.' for path in sys.path[:2])}, …"
+                f"{where}: there is no module {missing!r} for {name!r}; looked in "
+                f"{', '.join(places[:2])}, … Put its directory on PYTHONPATH."
             ) from None
         raise ConfigError(
             f"{where}: module {module_name!r} needs {missing!r}; install it"
@@ -145,7 +146,13 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
         ConfigError, DataError: If there is no such data.
     """
     data, seed = config.data, config.train.seed
-    common: dict[str, Any] = {"global_batch_size": data.global_batch_size, "seed": seed}
+    common: dict[str, Any] = {"seed": seed}
+    # What is evaluated on does not grow with the batch.
+    rows: dict[str, Any] = dict.fromkeys(
+        ("train", "validation"), data.global_batch_size
+    )
+    if data.batch_ramp is not None:
+        rows["train"] = data.rows
     evaluates = config.train.eval_batches > 0
     if data.factory == "text":
         from shardkit.data import TextBatches, TextCorpus
@@ -155,9 +162,16 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
             data.path, **({} if fraction is None else {"validation_fraction": fraction})
         )
         common |= {"sequence_length": data.sequence_length}
-        train = TextBatches(corpus, split="train", **common)
-        valid = TextBatches(corpus, split="validation", **common) if evaluates else None
-        return train, valid, corpus.digest
+
+        def cut(split: str) -> Any:
+            return TextBatches(
+                corpus, split=split, global_batch_size=rows[split], **common
+            )
+
+        train, digest = cut("train"), corpus.digest
+        valid = cut("validation") if evaluates else None
+        _check_vocabulary(train(0), config)
+        return train, valid, digest
 
     factory = data.factory
     if factory in BUILT_IN_DATA:
@@ -169,20 +183,41 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
         }
 
     def build(split: str) -> Any:
-        return call_factory(factory, data.options, where="data", split=split, **common)
+        given = {"split": split, "global_batch_size": rows[split], **common}
+        return call_factory(factory, data.options, where="data", **given)
 
     train = build("train")
     valid = build("validation") if evaluates else None
+    if data.factory in BUILT_IN_DATA:
+        _check_vocabulary(train(0), config)
     return train, valid, getattr(train, "digest", None)
+
+
+def _check_vocabulary(batch: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses ids that the model has no row for; a look at the first batch is cheap."""
+    size = config.model.options.get("vocab_size")
+    if isinstance(size, int) and (largest := int(batch["tokens"].max())) >= size:
+        raise ConfigError(
+            f"[model.options] vocab_size: the data have a token {largest}, expected at "
+            f"least {largest + 1}, found {size}. Give the size of the tokenizer's "
+            "vocabulary."
+        )
 
 
 def build_sampler(config: RunConfig) -> Callable[..., Any]:
     """Returns what makes text of the parameters of a config's model.
 
     Raises:
-        ConfigError: If the model makes none.
+        ConfigError: If the model makes none, or none of bytes.
     """
-    name = config.model.factory
+    name, data = config.model.factory, config.data
+    if data.factory == "tokens" or (
+        data.factory == "documents" and data.options.get("tokenizer") is not None
+    ):
+        raise ConfigError(
+            f"--sample: it takes and prints bytes, and the data of factory = "
+            f"{data.factory!r} are ids of a tokenizer. Leave the flag out."
+        )
     sample = call_factory(name, config.model.options, where="model").sample
     if sample is None:
         raise ConfigError(
@@ -252,12 +287,12 @@ def build_trainer(
         init=model.init,
         loss=model.loss,
         eval_loss=model.eval_loss,
-        tx=build_optimizer(config.optimizer, params),
+        tx=build_optimizer(config.optimizer, params, config.data.ramp),
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
         combine=model.combine,
         axis_rules={**model.axis_rules, **rules},
-        num_microbatches=config.data.num_microbatches,
+        num_microbatches=config.data.ramp,
         seed=config.train.seed,
         consistency=config.train.consistency,
         certify=config.train.certify,

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from shardkit.elastic import Transition, differences
 from shardkit.errors import LostStateError, RestoreError
 from shardkit.events import EventLog
 from shardkit.mesh import device_ids
+from shardkit.placement import Placement
 from shardkit.snapshot.snapshots import Snapshots
 from shardkit.state import TrainState
 
@@ -32,12 +32,12 @@ class Certificates:
 
     def __init__(self, when: str, *, stop_on_failure: bool, events: EventLog) -> None:
         self._when, self._stops, self._events = when, stop_on_failure, events
-        self._trusted: set[tuple[int, ...]] = set()
+        self._trusted: set[Any] = set()
 
-    def are_wanted(self, mesh: Mesh) -> bool:
-        """Whether a change to a mesh is to be certified."""
+    def are_wanted(self, placement: Placement) -> bool:
+        """Whether a change to a placement is to be certified."""
         if self._when == "first":
-            return device_ids(mesh) not in self._trusted
+            return _key(placement) not in self._trusted
         return self._when == "always"
 
     def judge(
@@ -59,9 +59,9 @@ class Certificates:
         Raises:
             CertificateError: If bits differ, and the run is to stop.
         """
-        old, new = device_ids(transition.old.mesh), device_ids(transition.new.mesh)
         if not differing:
-            self._trusted |= {old, new}
+            sides = transition.old.at(step), transition.new.at(step)
+            self._trusted |= {_key(placement) for placement in sides}
             return
         goes_on = not self._stops
         error = transition.failure(differing, step, goes_on=goes_on, is_past=is_past)
@@ -93,10 +93,14 @@ class Certificates:
         Raises:
             CertificateError: If they differ, and the run is to stop.
         """
-        placement = transition.new
-        if not self.are_wanted(placement.mesh) or not snapshots.has(step):
+        if not snapshots.has(step):
+            return None
+        # It may have been the last one of another phase.
+        placement = transition.new.at(step)
+        if not self.are_wanted(placement):
             return None
         with transition.phase("compile"):
+            placement.compile()
             placement.compile_digests()
         with transition.phase("old_digest"):
             wanted = placement.digest(state)
@@ -115,6 +119,11 @@ class Certificates:
         differing = differences(found, wanted, {}, {})
         self.judge(transition, differing, step, is_past=True)
         return not differing
+
+
+def _key(placement: Placement) -> Any:
+    # With another grid the step is another program.
+    return device_ids(placement.mesh), placement.grid.num_microbatches
 
 
 def compare_moved(

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax import Array
 
 from shardkit.certificate import Certificates, compare_moved, compute_both
@@ -23,9 +22,9 @@ from shardkit.errors import (
     RestoreError,
 )
 from shardkit.events import EventLog
+from shardkit.foresight import Foresight
 from shardkit.membership import Change
 from shardkit.mesh import device_ids
-from shardkit.overlap import Overlap
 from shardkit.placement import Placement
 from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
@@ -37,10 +36,6 @@ from shardkit.state_moves import is_whole
 from shardkit.waits import Waiter
 
 __all__ = ["Controller"]
-
-# Steps on a placement before the next ones are thought of, so that the first steps
-# have the machine to themselves.
-_SETTLED = 2
 
 
 class Controller:
@@ -55,14 +50,14 @@ class Controller:
         stop_on_failure: Whether a failed certificate ends the run.
         events: Where events are sent.
         waiter: What waits for programs and batches.
-        standby: What makes programs ready before they are needed, or None.
         snapshots: Where it is copied to beside the steps.
+        standby: What makes programs ready before they are needed, or None.
 
     Attributes:
         step: How many steps are done; the index of the next one.
         live: The placement and the state on it; None before the first use.
         is_resumed: Whether what was due at its first step may not have been done.
-        scripted: Device counts that are known to come.
+        foresight: What is made ready for changes to come.
     """
 
     def __init__(
@@ -86,10 +81,8 @@ class Controller:
         self._certificates = Certificates(
             certify, stop_on_failure=stop_on_failure, events=events
         )
-        self._standby, self.scripted = standby, list[int]()
+        self.foresight = Foresight(placements, standby, events)
         self._snapshots = snapshots
-        self._overlap = Overlap(self._preparing, events)
-        self._num_here = 0
         self._is_restored = self._is_closed = self._is_lost = False
 
     @property
@@ -100,7 +93,7 @@ class Controller:
     @property
     def num_asked(self) -> int:
         """On how many it will be when the change that was announced is made."""
-        return self._overlap.num_asked or self.num_devices
+        return self.foresight.num_asked or self.num_devices
 
     @property
     def can_save(self) -> bool:
@@ -126,8 +119,17 @@ class Controller:
             self._begin(self.placements.on(num_devices or self.num_devices))
             self._take_snapshot()
         assert self.live is not None
+        self._enter_phase(*self.live)
         self.placements.present = self.live[0]
         return self.live
+
+    def _enter_phase(self, placement: Placement, state: TrainState) -> None:
+        """Goes on with the step's number of microbatches, where the state is."""
+        current = placement.at(self.step)
+        if current is placement:
+            return
+        self.live = current, state
+        self.foresight.enters_phase()
 
     def _begin(self, placement: Placement) -> None:
         if self._is_restored:
@@ -156,25 +158,8 @@ class Controller:
         Args:
             change: What has just been asked for, if anything.
         """
-        # Several processes would be ready at different steps.
-        can_wait = self.live is not None and jax.process_count() == 1
-        if can_wait:
-            placement, _ = self.start()
-            # Where nothing has run yet, one program is compiled and not two.
-            can_wait = placement.is_compiled
-        now = {"step": self.step, "num_devices": self.num_devices}
-        return self._overlap.next(change, can_wait=can_wait, **now)
-
-    def _preparing(self, num_devices: int) -> Callable[[], Any] | None:
-        if self.placements.on(num_devices).is_compiled:
-            return None
-        if self._standby is not None:
-            # What is asked for comes first, and if it is taken back, guesses again.
-            self._standby.expect([])
-            self._num_here = 0
-        # A certificate digests on both placements.
-        needed = [self.placements.preparing(n) for n in (num_devices, self.num_devices)]
-        return lambda: [prepare() for prepare in needed]
+        present = self.start()[0] if self.live is not None else None
+        return self.foresight.next_change(change, self.step, present, self.num_devices)
 
     def advance(self) -> dict[str, Array]:
         """Runs one step where the state is, and returns its metrics."""
@@ -187,13 +172,9 @@ class Controller:
         state, metrics = placement.step(state, batch, self._snapshots.hold)
         # State and step move together, before anybody sees either.
         self.live, self.step = (placement, state), self.step + 1
+        self.foresight.stepped()
         self._take_snapshot(metrics)
-        if self._overlap.num_asked is None:
-            self._num_here += 1
-        if self._standby is not None and self._num_here == _SETTLED:
-            hosts = [device.process_index for device in placement.mesh.devices.flat]
-            num_pool = len(self.placements.pool)
-            self._standby.look_ahead(hosts, num_pool, scripted=self.scripted)
+        self.foresight.look_ahead(self.start()[0], self.step)
         if is_first and placement.not_donated:
             names = ", ".join(placement.not_donated)
             message = f"not donated, so that they exist twice during a step: {names}"
@@ -208,18 +189,20 @@ class Controller:
         new = self.placements.on(num_devices)
         plain_bytes = self.placements.plain_bytes(old, new)
         transition = Transition(old, new, start_s, plain_bytes=plain_bytes)
-        self._num_here = 0
+        self.foresight.moves()
         transition.announce(self.events, self.step)
         if change.lost:
             # First of all, since what is on lost devices cannot even be saved.
             self._move_what_is_left(before, transition)
-            self._compile(new, transition)
+            # Maybe an earlier step, and of another phase.
+            placement, state = self.start()
+            self._compile(placement, transition)
             certified = self._certificates.repeat_step(
-                transition, self._snapshots, self.step - 1, self.start()[1], self._batch
+                transition, self._snapshots, self.step - 1, state, self._batch
             )
             self._tell(transition, self.step, certified)
             return None
-        if self._certificates.are_wanted(new.mesh):
+        if self._certificates.are_wanted(new):
             with transition.phase("compile"):
                 # Between the two steps nothing can be given up: both states are gone.
                 for placement in (old, new):
@@ -361,14 +344,12 @@ class Controller:
 
     def wait_for_standby(self, timeout_s: float) -> bool:
         """Waits until nothing is made ready; whether that was so in time."""
-        return self._standby is None or self._standby.wait(timeout_s)
+        return self.foresight.wait(timeout_s)
 
     def close(self) -> None:
         """Ends background work; a second call does nothing."""
         self._prefetcher.close()
-        self._overlap.close()
-        if self._standby is not None:
-            self._standby.close()
+        self.foresight.close()
         self._snapshots.close()
         if self._history is not None:
             self._history.close()

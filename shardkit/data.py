@@ -24,6 +24,7 @@ import numpy.typing as npt
 from shardkit.batch import check_batch
 from shardkit.corpus import TextCorpus as TextCorpus
 from shardkit.errors import DataError
+from shardkit.ramp import BatchRamp, as_ramp
 
 __all__ = ["ArrayBatches", "TextBatches", "TextCorpus", "permute"]
 
@@ -109,19 +110,23 @@ def permute(
 
 
 def _pick_examples(
-    step: SupportsIndex, *, num_examples: int, global_batch_size: int, seed: int | None
+    step: SupportsIndex,
+    *,
+    num_examples: int,
+    global_batch_size: int | BatchRamp,
+    seed: int | None,
 ) -> npt.NDArray[np.int64]:
-    """Returns the examples `[global_batch_size]` of a step; in order if seed is None.
+    """Returns the examples `[rows of the step]`; in order if seed is None.
 
     Raises:
         DataError: If the step is negative.
     """
     if (number := operator.index(step)) < 0:
         raise DataError(f"Batches are numbered from step 0, found step {number}.")
+    rows = as_ramp(global_batch_size, "global_batch_size")
     # Python's integers, so that no step overflows before the remainder is small.
-    first = number * operator.index(global_batch_size)
-    epoch, offset = divmod(first, num_examples)
-    index = offset + np.arange(global_batch_size)
+    epoch, offset = divmod(rows.before(number), num_examples)
+    index = offset + np.arange(rows(number))
     position = index % num_examples
     if seed is None:
         return position
@@ -129,8 +134,12 @@ def _pick_examples(
     return permute(position, size=num_examples, seed=seed, epoch=epochs)
 
 
-def _check_sizes(where: str, **sizes: int):
-    bad = [f"{name} = {size}" for name, size in sizes.items() if size < 1]
+def _check_sizes(where: str, **sizes: int | BatchRamp):
+    numbers = {name: x for name, x in sizes.items() if not isinstance(x, BatchRamp)}
+    for name, size in numbers.items():
+        if not hasattr(size, "__index__"):
+            as_ramp(size, f"{where}: {name}")
+    bad = [f"{name} = {size}" for name, size in numbers.items() if size < 1]
     if bad:
         raise DataError(
             f"{where}: sizes must be at least 1, found {', '.join(bad)}. "
@@ -144,13 +153,13 @@ class TextBatches:
 
     The split is cut into windows of `sequence_length` tokens that do not overlap, each
     with the one token after it as its last target; what is left at the end is dropped.
-    Example `step * global_batch_size + row` belongs to epoch `example // num_windows`,
+    Example `rows of all steps before + row` belongs to epoch `example // num_windows`,
     so batches run over epoch borders and no window of an epoch is skipped or repeated.
 
     Attributes:
         corpus: Where the tokens come from.
         sequence_length: Tokens the model sees at once.
-        global_batch_size: Rows over all devices together.
+        global_batch_size: Rows over all devices together; or `ramp.rows(…)`.
         seed: Chooses the orders; `"validation"` is always read in order.
         split: `"train"` or `"validation"`.
 
@@ -167,7 +176,7 @@ class TextBatches:
     corpus: TextCorpus
     _: KW_ONLY
     sequence_length: int
-    global_batch_size: int
+    global_batch_size: int | BatchRamp
     seed: int = 0
     split: str = "train"
 
@@ -201,11 +210,12 @@ class TextBatches:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one step trains on."""
-        return self.global_batch_size * self.sequence_length
+        """Tokens that one step trains on; of a ramp, the first step."""
+        rows = as_ramp(self.global_batch_size, "global_batch_size")
+        return rows(0) * self.sequence_length
 
     def __call__(self, step: SupportsIndex) -> dict[str, npt.NDArray[np.int32]]:
-        """Returns `{"tokens": int32 [global_batch_size, sequence_length + 1]}`."""
+        """Returns `{"tokens": int32 [rows, sequence_length + 1]}`."""
         windows = _pick_examples(
             step,
             num_examples=self.num_windows,
@@ -223,7 +233,7 @@ class ArrayBatches:
 
     Attributes:
         arrays: Arrays `[num_rows, ...]`, not to be changed afterwards.
-        global_batch_size: Rows over all devices together.
+        global_batch_size: Rows over all devices together; or `ramp.rows(…)`.
         seed: Chooses the orders.
 
     Raises:
@@ -237,7 +247,7 @@ class ArrayBatches:
 
     arrays: Mapping[str, np.ndarray] = field(repr=False)
     _: KW_ONLY
-    global_batch_size: int
+    global_batch_size: int | BatchRamp
     seed: int = 0
 
     def __post_init__(self):
@@ -250,7 +260,7 @@ class ArrayBatches:
         return len(next(iter(self.arrays.values())))
 
     def __call__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
-        """Returns `global_batch_size` rows of every array, as copies."""
+        """Returns the step's rows of every array, as copies."""
         rows = _pick_examples(
             step,
             num_examples=self.num_rows,

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from shardkit.batch import abstract_batch, check_batch
+from shardkit.device_work import evaluated
 from shardkit.errors import ConfigError, DataError, NonFiniteError
 from shardkit.model import call_loss
-from shardkit.placement import Placement, evaluated
+from shardkit.placement import Placement
 from shardkit.recipe import Recipe
 from shardkit.state import TrainState
 
@@ -54,10 +55,11 @@ class FixedSet:
 
     def __post_init__(self) -> None:
         check_batch(self.arrays, num_microbatches=1, where="FixedSet")
-        if self.global_batch_size < 1:
+        size = self.global_batch_size
+        if not isinstance(size, SupportsIndex) or operator.index(size) < 1:
             raise DataError(
-                "FixedSet: expected a global_batch_size of at least 1, found "
-                f"{self.global_batch_size}."
+                "FixedSet: expected a global_batch_size of at least 1, a whole number "
+                f"that no ramp changes, found {size!r}."
             )
         if self.weight in self.arrays:
             raise DataError(
@@ -152,7 +154,7 @@ def check_weights(config: EvalConfig, recipe: Recipe, layout: Any) -> None:
     data = config.data
     if not isinstance(data, FixedSet) or not data.is_filled:
         return
-    loss, num = recipe.eval_loss or recipe.loss, recipe.num_microbatches
+    loss, num = recipe.eval_loss or recipe.loss, recipe.num_eval_microbatches
     batch = abstract_batch(data(0))
     rest = {name: x for name, x in batch.items() if name != data.weight}
 
@@ -173,8 +175,9 @@ def check_weights(config: EvalConfig, recipe: Recipe, layout: Any) -> None:
             f"EvalConfig: the {data.num_rows} rows of the set do not fill "
             f"{data.num_batches} batches of {data.global_batch_size}, and the loss "
             f"does not read microbatch[{data.weight!r}], which is 0 for rows that only "
-            "fill. Multiply what it sums, and its weight, by it; or choose a "
-            "global_batch_size that divides the rows."
+            "fill. Multiply what it sums, and its weight, by it, in an eval_loss if "
+            "batches of training have none; or choose a global_batch_size that divides "
+            "the rows."
         )
 
 
@@ -186,7 +189,7 @@ def check_other(config: EvalConfig, placement: Placement) -> None:
     """
     check_weights(config, placement.recipe, placement.layout)
     batch = config.data(0)
-    num = placement.recipe.num_microbatches
+    num = placement.recipe.num_eval_microbatches
     check_batch(batch, num_microbatches=num, where="eval data(0)")
     params, state = jax.tree.map(lambda x: x.abstract, evaluated(placement.layout))
     placement.recipe.eval_structure(params, state, abstract_batch(batch))
@@ -214,7 +217,7 @@ def evaluate(
     Raises:
         NonFiniteError: If there is nothing to divide by.
     """
-    num = placement.recipe.num_microbatches
+    num = placement.recipe.num_eval_microbatches
     totals: dict[str, float] = {}
     for index in range(config.size):
         batch = data(index)

@@ -39,7 +39,8 @@ def check_functions(
     arguments = ["params", *["state"] * is_stateful, "microbatch", "key"]
     check_call("loss", loss, *arguments)
     check_call("eval_loss", eval_loss or loss, *arguments)
-    check_call("data", data, "step")
+    remedy = ". What can only be iterated: sk.from_iterable(make_iterator)"
+    check_call("data", data, "step", remedy=remedy)
     return check_captures("loss", loss) + check_captures("eval_loss", eval_loss)
 
 

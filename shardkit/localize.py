@@ -85,7 +85,9 @@ class Localizer:
         Raises:
             InexactError: Where an operation cannot be made exact.
         """
-        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
+        # Whole arrays are on no mesh; with one, what is made in `fn` would seem to be.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*shapes)
         if self.shards.exact:
             check_operations(closed, "the update")
         values = [
@@ -159,21 +161,23 @@ class Localizer:
                 dataclasses.replace(arg, array=out)
                 for arg, out in zip(args, outs, strict=True)
             ]
+        if has_key(eqn) or not eqn.outvars:
+            # Keys are small, and no integers that could be sent; prints have no result.
+            return self._apply_to_whole(eqn, [Shard(self._whole(arg)) for arg in args])
         if is_elementwise(eqn, self.shards.exact):
             return self._elementwise(eqn, args)
         rule = RULES.get(name)
         out = rule(self.shards, eqn, args[0]) if rule is not None else None
-        if out is None and has_key(eqn):
-            # Keys are small, and no integers that could be sent.
-            return self._apply_to_whole(eqn, [Shard(self._whole(arg)) for arg in args])
         return None if out is None else [out]
 
     def _apply_to_whole(self, eqn: Any, args: list[Shard]) -> list[Shard] | None:
         """Carries out what every shard can do, unless one had better do it for all."""
-        if not is_light(eqn, self.shards.exact) and not has_key(eqn):
-            if cost_of(eqn) >= matrices.WORTH_SENDING:
-                return None
-        self._tell(eqn, not keeps_bits(eqn, self.shards.exact))
+        exact = self.shards.exact
+        # To move an array is less work than to send it.
+        is_cheap = is_light(eqn, exact) or keeps_bits(eqn, exact) or has_key(eqn)
+        if not is_cheap and cost_of(eqn) >= matrices.WORTH_SENDING:
+            return None
+        self._tell(eqn, not keeps_bits(eqn, exact))
         return [Shard(x) for x in self._on_whole(eqn, [arg.array for arg in args])]
 
     def _tell(self, eqn: Any, needs_whole: bool) -> None:
@@ -274,7 +278,16 @@ class Localizer:
         """Returns the piece of `value` along `dim`, whatever it was cut along."""
         if value.dim == dim:
             return value.array
-        return self.shards.cut(self._whole(value), dim)
+        array = self._opaque(value.array)
+        return self.shards.cut(self._whole(Shard(array, value.dim, value.size)), dim)
+
+    def _opaque(self, x: Array) -> Array:
+        """Hides how a value was made, where several shards would move or mask it.
+
+        On one shard nothing is between it and what follows, and a compiler that sees
+        both makes one of them: it divides by a product, or rounds once.
+        """
+        return unfused(x, self._zero) if self.shards.exact else x
 
     def _elementwise(self, eqn: Any, args: list[Shard]) -> list[Shard] | None:
         shape, shapes = eqn.outvars[0].aval.shape, [x.aval.shape for x in eqn.invars]
@@ -311,6 +324,7 @@ class Localizer:
                 if (x.dim in dims) == across:
                     array = x.array
                     if across:
+                        array = self._opaque(array)
                         array = shards.mask(array, x.dim, x.size, 0)  # pyright: ignore
                     batch.append((target, x, array, dims))
             if not batch:
@@ -335,12 +349,24 @@ class Localizer:
         """Translates the branches, then brings their results to one cut."""
         index, *operands = args
         branches = eqn.params["branches"]
-        # A first pass, whose results are dropped, learns how each branch cuts.
+        arrays = [operand.array for operand in operands]
+
+        def outs_of(branch: core.ClosedJaxpr, arrays: list[Array]) -> list[Shard]:
+            values = [
+                dataclasses.replace(operand, array=array)
+                for operand, array in zip(operands, arrays, strict=True)
+            ]
+            return self._eval(branch.jaxpr, branch.consts, values)
+
+        cuts: list[list[tuple[int | None, int]]] = []
+
+        def learn(branch: core.ClosedJaxpr, arrays: list[Array]) -> None:
+            cuts.append([(out.dim, out.size) for out in outs_of(branch, arrays)])
+
+        # A first pass learns how each branch cuts; nothing of it is in the program.
         told = len(self.gathered), len(self.whole)
-        cuts = [
-            [(o.dim, o.size) for o in self._eval(b.jaxpr, b.consts, operands)]
-            for b in branches
-        ]
+        for branch in branches:
+            jax.eval_shape(functools.partial(learn, branch), arrays)
         del self.gathered[told[0] :], self.whole[told[1] :]
         wanted = [
             next((cut for cut in column if cut[0] is not None), (None, 0))
@@ -348,24 +374,17 @@ class Localizer:
         ]
 
         def run(branch: core.ClosedJaxpr, arrays: list[Array]) -> list[Array]:
-            values = [
-                dataclasses.replace(operand, array=array)
-                for operand, array in zip(operands, arrays, strict=True)
-            ]
-            outs = self._eval(branch.jaxpr, branch.consts, values)
             return [
                 self._whole(out) if dim is None else self._align(out, dim)
-                for out, (dim, _) in zip(outs, wanted, strict=True)
+                for out, (dim, _) in zip(outs_of(branch, arrays), wanted, strict=True)
             ]
 
         outs = lax.switch(
             self._whole(index),
             [lambda *arrays, b=b: run(b, list(arrays)) for b in branches],
-            *[operand.array for operand in operands],
+            *arrays,
         )
-        return [
-            Shard(out, dim, size) for out, (dim, size) in zip(outs, wanted, strict=True)
-        ]
+        return [Shard(x, d, n) for x, (d, n) in zip(outs, wanted, strict=True)]
 
 
 def _dim_like(

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from shardkit.annotations import MESH, axes, leaf_axes, strip
+from shardkit.arguments import check_mapping
 from shardkit.errors import PartitionError
 from shardkit.mesh import MESH_AXES
 from shardkit.tree import format_table
@@ -39,18 +40,22 @@ def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> li
     """Checks the rules against the mesh axes and the names in use.
 
     Returns:
-        Warnings: rules that no leaf uses.
+        Warnings: rules that no leaf uses, and those that cut nothing.
 
     Raises:
         PartitionError: For a mesh axis that does not exist, and under `strict` for a
             rule that no leaf uses.
+        ConfigError: If the rules are no dict.
     """
+    check_mapping(
+        "axis_rules",
+        rules,
+        "Of pairs in the style of Flax and MaxText take the names that go to fsdp, as "
+        '{"embed": "fsdp"}; docs/migrate-from-rules.md has the line that does it.',
+    )
     unknown = {n: a for n, a in rules.items() if a is not None and a not in MESH_AXES}
     if unknown:
-        rows = [
-            (f"{name} = {axis!r}", _suggestion(str(axis), MESH_AXES))
-            for name, axis in unknown.items()
-        ]
+        rows = [(f"{name} = {axis!r}", _remedy(axis)) for name, axis in unknown.items()]
         raise PartitionError(
             f"axis_rules: the mesh axes are {', '.join(MESH_AXES)}; found\n"
             + format_table(rows)
@@ -63,7 +68,21 @@ def check_rules(rules: AxisRules, used: set[str], *, strict: bool = False) -> li
     ]
     if unused and strict:
         raise PartitionError("\n".join(unused) + "\nRemove the rule, or strict.")
-    return unused
+    return unused + [
+        ("a PartitionSpec" if name.startswith(MESH) else f"axis_rules: {name!r}")
+        + " goes to 'data', along which no array is cut; 'fsdp' cuts"
+        for name in sorted(used)
+        if mesh_axis(name, rules) == "data"
+    ]
+
+
+def _remedy(axis: Any) -> str:
+    if isinstance(axis, str):
+        return _suggestion(axis, MESH_AXES)
+    known = [
+        name for name in MESH_AXES if isinstance(axis, list | tuple) and name in axis
+    ]
+    return f"; give one of them: {' or '.join(map(repr, known))}" if known else ""
 
 
 def _suggestion(word: str, known: Any) -> str:

@@ -14,6 +14,7 @@ from shardkit.controller import Controller
 from shardkit.elastic import ask
 from shardkit.leaving import halt, save_and_leave
 from shardkit.membership import Membership
+from shardkit.mesh import check_no_mesh_is_set
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.probe import SpeedProbe
 from shardkit.waits import GivenUp
@@ -31,6 +32,9 @@ def train(
 ) -> Generator[StepMetrics, None, None]:
     """Trains until `steps` steps are done; see `Trainer.run`.
 
+    Signals are heard while a step is made. What the caller does between two of them is
+    never given up.
+
     Args:
         controller: Holds the state.
         steps: The absolute end.
@@ -38,9 +42,30 @@ def train(
         pending: What holds steps back until the next one is under way.
         due: What is to be done after every so many steps, in this order.
         probe: What measures this process beside the steps, or None.
+
+    Raises:
+        ConfigError: If `jax.set_mesh` has made another mesh the current one; and what
+            `Trainer.run` names.
     """
+    check_no_mesh_is_set()
+    made = _steps(controller, steps, membership, pending, due, probe)
+    metrics = _until_given_up(controller, pending, made)
     try:
-        yield from _steps(controller, steps, membership, pending, due, probe)
+        while True:
+            with controller.waiter.listening(membership.leaving):
+                found = next(metrics, None)
+            if found is None:
+                return
+            yield found
+    finally:
+        metrics.close()
+
+
+def _until_given_up(
+    controller: Controller, pending: Pending, steps: Iterator[StepMetrics]
+) -> Generator[StepMetrics, None, None]:
+    try:
+        yield from steps
     except GivenUp:
         # Only what has been looked at is saved.
         yield from pending.flush()
@@ -66,8 +91,10 @@ def _steps(
             halt(controller)
         change = controller.next_change(change)
         wanted = change.num_devices or count
-        moves = controller.live is not None and wanted != count
-        if moves:
+        present = controller.live and controller.live[0]
+        moves = present is not None and wanted != count
+        if moves or (present is not None and not present.is_compiled):
+            # Neither a move nor a compilation is a part of a step's time.
             yield from pending.flush()
         controller.start(wanted)
         if controller.is_resumed:

@@ -73,14 +73,7 @@ def compute(tasks: Sequence[Task], shards: Shards) -> list[list[Shard]]:
 def _compute_here(tasks: Sequence[Task], shards: Shards) -> list[list[Shard]]:
     """Computes tasks on every shard."""
     cut = [arg for task in tasks for arg in task.args if arg.dim is not None]
-    wholes = iter(
-        gather_pieces(
-            [arg.array for arg in cut],
-            [arg.dim for arg in cut],  # pyright: ignore[reportArgumentType]
-            [arg.size for arg in cut],
-            shards,
-        )
-    )
+    wholes = _gathered(cut, shards)
     found = []
     for task in tasks:
         args = [arg.array if arg.dim is None else next(wholes) for arg in task.args]
@@ -102,11 +95,15 @@ def _share_out(tasks: Sequence[Task], shards: Shards) -> list[list[Shard]]:
     owned = list(zip(tasks, owners, strict=True))
     cut = [(owner, x) for task, owner in owned for x in task.args if x.dim is not None]
     there = _Packing([(i, x.array.shape, x.array.dtype) for i, x in cut], shards.count)
+    sent = [
+        [_sent_along(*x) for x in zip(task.results, task.dims, strict=True)]
+        for task in tasks
+    ]
     back = _Packing(
         [
             (owner, _piece_shape(result, dim, shards), result.dtype)
-            for task, owner in owned
-            for result, dim in zip(task.results, task.dims, strict=True)
+            for (task, owner), dims in zip(owned, sent, strict=True)
+            for result, dim in zip(task.results, dims, strict=True)
         ],
         shards.count,
     )
@@ -115,10 +112,10 @@ def _share_out(tasks: Sequence[Task], shards: Shards) -> list[list[Shard]]:
         def work(received: list[Array]) -> list[Array]:
             pieces = iter(there.columns(received, me))
             done: list[Array] = []
-            for task, owner in owned:
+            for (task, owner), dims in zip(owned, sent, strict=True):
                 if owner == me:
                     whole = [_joined(x, pieces, shards) for x in task.args]
-                    outs = zip(task.fn(whole), task.dims, strict=True)
+                    outs = zip(task.fn(whole), dims, strict=True)
                     done += [_for_each(x, dim, shards) for x, dim in outs]
             return back.pack_columns(done, me)
 
@@ -133,13 +130,49 @@ def _share_out(tasks: Sequence[Task], shards: Shards) -> list[list[Shard]]:
     received = _exchange(there.pack_rows([x.array for _, x in cut]), shards)
     done = lax.switch(index, branches, received)
     pieces = iter(back.rows(_exchange(done, shards)))
-    return [
+    found = [
         [
             Shard(next(pieces), dim, 0 if dim is None else result.shape[dim])
-            for result, dim in zip(task.results, task.dims, strict=True)
+            for result, dim in zip(task.results, dims, strict=True)
         ]
-        for task in tasks
+        for task, dims in zip(tasks, sent, strict=True)
     ]
+    return _as_wanted(found, [task.dims for task in tasks], shards)
+
+
+def _sent_along(x: jax.ShapeDtypeStruct, dim: int | None) -> int | None:
+    """Returns the dim along which a result is sent; None for a scalar."""
+    if dim is not None or not x.shape:
+        return dim
+    # Sent to all, it would be held as often as there are shards; pieces of it are
+    # joined there.
+    return x.shape.index(max(x.shape))
+
+
+def _as_wanted(
+    found: list[list[Shard]], wanted: Sequence[list[int | None]], shards: Shards
+) -> list[list[Shard]]:
+    """Joins the results that were sent in pieces and are wanted whole."""
+    paired = [
+        [(x, dim is None and x.dim is not None) for x, dim in zip(*row, strict=True)]
+        for row in zip(found, wanted, strict=True)
+    ]
+    wholes = _gathered([x for row in paired for x, joined in row if joined], shards)
+    return [
+        [Shard(next(wholes)) if joined else x for x, joined in row] for row in paired
+    ]
+
+
+def _gathered(cut: Sequence[Shard], shards: Shards) -> Iterator[Array]:
+    """Makes pieces whole on every shard."""
+    return iter(
+        gather_pieces(
+            [x.array for x in cut],
+            [x.dim for x in cut],  # pyright: ignore[reportArgumentType]
+            [x.size for x in cut],
+            shards,
+        )
+    )
 
 
 def assign(costs: Sequence[float], count: int) -> list[int]:

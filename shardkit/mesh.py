@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -19,6 +20,7 @@ __all__ = [
     "MESH_AXES",
     "MeshSpec",
     "check_mesh",
+    "check_no_mesh_is_set",
     "device_ids",
     "mesh_sizes",
 ]
@@ -153,10 +155,32 @@ def device_ids(mesh: Mesh) -> tuple[int, ...]:
 
 
 def check_mesh(mesh: Any) -> None:
-    """Refuses what is neither a `MeshSpec` nor None.
+    """Refuses what is neither a `MeshSpec` nor None, and a mesh that JAX has been set.
 
     Raises:
-        ConfigError: If it is something else.
+        ConfigError: If it is something else, or another mesh is the current one.
     """
+    check_no_mesh_is_set()
     if not isinstance(mesh, MeshSpec | None):
-        raise ConfigError(f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}")
+        raise ConfigError(
+            f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}. Give "
+            "sizes, such as sk.MeshSpec(data=2, fsdp=-1), of which a mesh is made on "
+            "the devices that are there."
+        )
+
+
+def check_no_mesh_is_set() -> None:
+    """Refuses a mesh that JAX has been set, beside which programs have no other one.
+
+    JAX itself refuses only some of them, such as a save's, which may be hours away.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if not current.empty:
+        raise ConfigError(
+            f"Trainer: jax.set_mesh has made {dict(current.shape)} the current mesh. A "
+            "trainer makes its own, anew for each set of devices: leave jax.set_mesh "
+            "out, or make and run the trainer after its `with`."
+        )

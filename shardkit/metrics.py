@@ -30,8 +30,8 @@ class StepMetrics:
         values: Scalars by name, as they are on the devices.
         step_s: Seconds from when the host saw the end of the step before to when it
             saw the end of this one, while steps follow one another. None where other
-            work came before or after the step: a start, a change of devices, an
-            evaluation, a save, the end.
+            work came before or after the step: a start, a change of devices, a
+            compilation, an evaluation, a save, the end.
         device_ids: Of these devices, in the order of the mesh; none if not known.
     """
 

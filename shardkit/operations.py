@@ -82,8 +82,9 @@ class Whole(NamedTuple):
 
 def is_float_sum(eqn: Any) -> bool:
     """Whether an equation is a sum whose bits would depend on its order."""
-    is_float = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
-    return eqn.primitive.name == "reduce_sum" and is_float
+    return eqn.primitive.name == "reduce_sum" and jnp.issubdtype(
+        eqn.outvars[0].aval.dtype, jnp.floating
+    )
 
 
 def is_elementwise(eqn: Any, exact: bool) -> bool:

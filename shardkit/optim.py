@@ -16,13 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 from shardkit.config import OptimizerSection
+from shardkit.ramp import BatchRamp
 
 __all__ = ["build_optimizer", "build_schedule"]
 
 _STACKED = "layers"
 
 
-def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
+def build_optimizer(
+    section: OptimizerSection, params: Any = None, ramp: BatchRamp | None = None
+) -> Any:
     """Builds clipping, the optimizer, its schedule and its weight decay.
 
     Args:
@@ -30,6 +33,7 @@ def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
         params: What the model's `init` returns, abstract or not, with its logical
             axes: a dim named `layers` stacks layers and makes no matrix of a vector.
             None is a model without such dims.
+        ramp: How large the batch is, where `scale_to_batch` asks for it.
 
     Returns:
         An `optax.GradientTransformation`, for those parameters if they were given.
@@ -43,7 +47,7 @@ def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
     from shardkit.clipping import clip_spikes
 
     mask = _matrices(params) if section.decay_mask == "matrices" else None
-    rate = build_schedule(section)
+    rate = build_schedule(section, ramp)
     moments = {
         name: getattr(section, name)
         for name in ("b1", "b2")
@@ -94,11 +98,14 @@ def build_optimizer(section: OptimizerSection, params: Any = None) -> Any:
     return optax.chain(*clips, update) if clips else update
 
 
-def build_schedule(section: OptimizerSection) -> Callable[[Any], Any]:
+def build_schedule(
+    section: OptimizerSection, ramp: BatchRamp | None = None
+) -> Callable[[Any], Any]:
     """Returns the learning rate as a function of the step.
 
     The warm-up begins above 0, so that step 0 trains, and reaches the peak at step
     `warmup_steps`; the rest ends at `end_factor` times the peak, at `horizon_steps`.
+    All of it follows the batch of a ramp, if `scale_to_batch` says so.
 
     >>> rate = build_schedule(OptimizerSection(
     ...     learning_rate=1.0, schedule="linear", warmup_steps=1, horizon_steps=3))
@@ -116,10 +123,14 @@ def build_schedule(section: OptimizerSection) -> Callable[[Any], Any]:
             course = optax.cosine_decay_schedule(peak, steps, alpha=section.end_factor)
         case "linear":
             course = optax.linear_schedule(peak, peak * section.end_factor, steps)
-    if not warmup:
+    if warmup:
+        rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+        course = optax.join_schedules([rise, course], [warmup])
+    if section.scale_to_batch is None or ramp is None:
         return course
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([rise, course], [warmup])
+    from shardkit.schedules import scale_to_batch
+
+    return scale_to_batch(course, ramp, section.scale_to_batch)
 
 
 def _matrices(annotated: Any) -> Callable[[Any], Any]:

@@ -124,6 +124,22 @@ class Overlap:
         with self._background.changed:
             self._queued = None
 
+    def begin_anew(self) -> None:
+        """Lets a change that is kept back wait for what it needs now.
+
+        To be called where that has become something else; its grace goes on.
+        """
+        kept = self._kept
+        if kept is None:
+            return
+        assert kept.change.num_devices is not None
+        prepare = self._preparing(kept.change.num_devices)
+        if prepare is None:
+            kept.is_ready.set()
+            return
+        self._kept = _Kept(kept.change, kept.deadline_s, prepare)
+        self._begin(self._kept)
+
     def _begin(self, kept: _Kept) -> None:
         with self._background.changed:
             self._queued = kept

@@ -1,11 +1,15 @@
 """One run on one mesh: the programs, and where their arguments lie.
 
 Owns everything that is derived from a recipe plus a mesh. Invariant: it holds no
-state of the run, so it can be thrown away and derived again at any time. One SPMD
-path serves every device count: gather the parameters, run this device's
-microbatches, sum, update this device's pieces.
+state of the run, so it can be thrown away and derived again at any time. What the
+programs do is the business of `device_work`.
+
+Where the batch grows in the course of a run, a mesh has a placement for each number of
+microbatches. States lie alike in all of them, and they share all programs but the step.
 """
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,23 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PRNGKeyArray
 
-from shardkit.collectives import gather_pieces
+from shardkit.device_work import DeviceWork, evaluated
 from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
-from shardkit.gradient import MicrobatchLoop
-from shardkit.keys import root_key, stream
-from shardkit.layout import LeafLayout, state_shards
-from shardkit.localize import Localizer
-from shardkit.mesh import BATCH_AXES, MESH_AXES
+from shardkit.keys import root_key
+from shardkit.layout import LeafLayout
+from shardkit.mesh import MESH_AXES
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
 from shardkit.program import Program, in_this_context
 from shardkit.program_report import ProgramReport, report_program
 from shardkit.put import put
-from shardkit.recipe import Recipe, update_arguments
-from shardkit.rounding import opaque_zero
+from shardkit.recipe import Recipe
+from shardkit.slots import Slots
 from shardkit.staging import Staging
 from shardkit.state import TrainState
 from shardkit.waits import Waiter
@@ -50,7 +51,7 @@ class Placement:
         recipe: What is computed.
         layout: A `TrainState` of `LeafLayout`.
         mesh: Where.
-        batch: The global batch, abstractly.
+        batch: The global batch of step 0, abstractly.
         outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
         waiter: What waits for programs.
@@ -59,6 +60,9 @@ class Placement:
 
     Attributes:
         staging: How they are.
+        grid: Who computes which microbatch of a step.
+        programs: What does not depend on the grid of a step, by name.
+        not_donated: Leaves whose memory a step does not reuse; known after the first.
     """
 
     def __init__(
@@ -76,47 +80,46 @@ class Placement:
     ) -> None:
         self._waiter = waiter
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
-        self.grid = Grid(
-            recipe.num_microbatches,
-            mesh.size,
-            tuple(speeds.get(d.id, 1.0) for d in mesh.devices.flat),
-        )
-        self._shards = state_shards(mesh, exact=recipe.exact)
-        self._dims = jax.tree.map(lambda leaf: leaf.dim, layout)
-        self._abstract = jax.tree.map(lambda leaf: leaf.abstract, layout)
-        self._slots = jax.tree.map(self._abstract_slots, batch)
-        self._output, _, self._combiner = outputs
-        make = functools.partial(Program, exact=recipe.exact, events=events)
-        state_specs = jax.tree.map(lambda leaf: leaf.spec, layout)
-        whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
+        output, _, combiner = outputs
+        speed_of = tuple(speeds.get(d.id, 1.0) for d in mesh.devices.flat)
+        grid = Grid(recipe.num_eval_microbatches, mesh.size, speed_of)
+        self._make = functools.partial(Program, exact=recipe.exact, events=events)
+        self._batch, self._eval_slots = batch, Slots(mesh, grid)
+        self._work = work = DeviceWork(recipe, layout, mesh, grid, output, combiner)
         self.programs = {
-            "init": make(self._spmd(self._init, whole, state_specs), name="init"),
-            "step": make(
-                self._spmd(
-                    self._step, (state_specs, slots, whole), (state_specs, whole)
-                ),
-                name="step",
-                donate_argnums=(0,),
-            ),
-            "evaluate": make(
-                self._spmd(
-                    self._evaluate,
-                    (
-                        (state_specs.params, state_specs.model_state),
-                        *(slots, whole, whole, whole),
-                    ),
-                    whole,
-                ),
-                name="evaluate",
-            ),
+            "init": self._make(work.first_state(), name="init"),
+            "evaluate": self._make(work.evaluation(), name="evaluate"),
         }
         self.staging = Staging(layout, mesh)
         if stages:
-            copy = self._spmd(self.staging.copy, (state_specs,), self.staging.spec)
-            self.programs["stage"] = make(copy, name="stage", exact=False)
-        self.root = put(root_key(recipe.seed), NamedSharding(mesh, whole))
-        self.executable: Any = None
+            copies = work.spmd(self.staging.copy, (work.specs,), self.staging.spec)
+            self.programs["stage"] = self._make(copies, name="stage", exact=False)
+        self.root = put(root_key(recipe.seed), NamedSharding(mesh, PartitionSpec()))
         self._stage: Any = None
+        self._set_grid(recipe.ramp(0))
+        self._by_count = {recipe.ramp(0): self}
+
+    def at(self, step: int) -> "Placement":
+        """Returns the placement on this mesh of a step, with as many microbatches."""
+        return self.with_grid(self.recipe.ramp(step))
+
+    def with_grid(self, num_microbatches: int) -> "Placement":
+        """Returns the placement on this mesh for a number of microbatches."""
+        if num_microbatches not in self._by_count:
+            other = copy.copy(self)
+            other._set_grid(num_microbatches)
+            # Another thread may make it too, and then one of them is kept.
+            self._by_count.setdefault(num_microbatches, other)
+        return self._by_count[num_microbatches]
+
+    def _set_grid(self, num_microbatches: int) -> None:
+        work, num = self._work, num_microbatches
+        grid = dataclasses.replace(work.grid, num_microbatches=num)
+        combiner = dataclasses.replace(work.combiner, num_microbatches=num)
+        work = dataclasses.replace(work, grid=grid, combiner=combiner)
+        self.grid, self._slots = grid, Slots(self.mesh, grid)
+        self._step = self._make(work.step(), name="step", donate_argnums=(0,))
+        self.executable: Any = None
         self.not_donated: list[str] = []
         self._has_run = False
 
@@ -134,11 +137,16 @@ class Placement:
         """Whether `step` can run at once."""
         return self.executable is not None
 
+    @property
+    def is_compiled_for_any_step(self) -> bool:
+        """Whether it can with some number of microbatches; the rest is ready then."""
+        return any(x.is_compiled for x in list(self._by_count.values()))
+
     def compile(self) -> None:
         """Compiles the step, hearing signals; it may take minutes."""
         if not self.is_compiled:
             self.compile_stage()
-            self.executable = self._ready(self.programs["step"], *self._step_args())
+            self.executable = self._ready(self._step, *self._step_args())
 
     def stage(self, state: TrainState) -> list[Array]:
         """Copies a state, as `staging` says, and leaves it as it is."""
@@ -160,6 +168,12 @@ class Placement:
         for leaf in jax.tree.leaves(self.layout):
             self._ready(*self._digester(leaf))
 
+    def count_compiles(self) -> Iterator[tuple[str, int]]:
+        """Yields how often each program of this mesh was compiled, with any grid."""
+        steps = [("step", other._step) for other in list(self._by_count.values())]
+        for name, program in [*list(self.programs.items()), *steps]:
+            yield name, program.counts["compile"]
+
     def prepare(self, *, digests: bool, eval_batch: Any = None) -> int:
         """Compiles all that a change to this placement needs, in this thread.
 
@@ -174,8 +188,15 @@ class Placement:
         for program, args in self._needed(digests, eval_batch):
             if program.find(*args) is None:
                 added.append(program.compile(*args).memory_analysis())
-        self.executable = self.programs["step"].compile(*self._step_args())
+        self.executable = self._step.compile(*self._step_args())
         return sum(x.generated_code_size_in_bytes for x in added if x is not None)
+
+    def preparing_at(self, step: int) -> Callable[[], int]:
+        """Returns what compiles here what a step of another phase needs.
+
+        It may run in any thread, and returns the bytes of code that it added.
+        """
+        return in_this_context(functools.partial(self.at(step).prepare, digests=False))
 
     def inspect(self, *, eval_batch: Any = None) -> dict[str, ProgramReport]:
         """Reports the step and, with a batch, the evaluation; compiles if need be."""
@@ -191,7 +212,7 @@ class Placement:
         self, digests: bool, eval_batch: Any
     ) -> Iterator[tuple[Program, tuple[Any, ...]]]:
         """Yields programs with abstract arguments, the longest to compile first."""
-        yield self.programs["step"], self._step_args()
+        yield self._step, self._step_args()
         if "stage" in self.programs:
             yield self.programs["stage"], self._step_args()[:1]
         if digests:
@@ -203,14 +224,15 @@ class Placement:
 
     def _step_args(self) -> tuple[Any, ...]:
         state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
-        return state, self._slots, self.root
+        slots = self._slots.abstract(self._batch, self.recipe.ramp(0))
+        return state, slots, self.root
 
     def _eval_args(self, batch: Any) -> tuple[Any, ...]:
         layout = evaluated(self.layout)
         variables = jax.tree.map(lambda leaf: leaf.physical(self.mesh), layout)
         whole = NamedSharding(self.mesh, PartitionSpec())
         number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
-        slots = jax.tree.map(self._abstract_slots, batch)
+        slots = self._eval_slots.abstract(batch)
         return variables, slots, self.root, number, number
 
     def step(
@@ -223,11 +245,11 @@ class Placement:
 
         Args:
             state: On this mesh.
-            batch: The global batch, in host memory.
+            batch: The global batch, in host memory, with the microbatches of the grid.
             hold: Called last before the state is used up.
         """
         self.compile()
-        slots = self.place_batch(batch)
+        slots = self._slots.place(batch)
         hold()
         out = self.executable(state, slots, self.root)
         if not self._has_run:
@@ -253,7 +275,7 @@ class Placement:
         # As for digests: what a step returns need not be found as it is.
         args = self._eval_args(jax.tree.map(np.asarray, batch))
         executable = self._ready(self.programs["evaluate"], *args)
-        slots = self.place_batch(batch)
+        slots = self._eval_slots.place(batch)
         return executable(evaluated(state), slots, self.root, *numbers)
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
@@ -295,106 +317,8 @@ class Placement:
         """Drops the padding; leaves without any are the very same arrays."""
 
         def unpad(x: Array, leaf: LeafLayout) -> Array:
-            if not leaf.is_padded(self._shards.count):
+            if not leaf.is_padded(self._work.shards.count):
                 return x
             return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
 
         return jax.tree.map(unpad, state, self.layout)
-
-    def place_batch(self, batch: Any) -> Any:
-        """Cuts a global batch into microbatches and gives each device its own."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-        num = self.recipe.num_microbatches
-
-        def place(x: Any) -> Array:
-            x = np.asarray(x)
-            return put(x.reshape(num, -1, *x.shape[1:])[self.grid.slots], sharding)
-
-        return jax.tree.map(place, batch)
-
-    def _abstract_slots(self, x: Any) -> jax.ShapeDtypeStruct:
-        num = self.recipe.num_microbatches
-        shape = (len(self.grid.slots), x.shape[0] // num, *x.shape[1:])
-        sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def _spmd(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
-        return jax.shard_map(
-            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
-    def _loop(self, loss: Callable[..., Any]) -> MicrobatchLoop:
-        return MicrobatchLoop(
-            loss,
-            self._output,
-            self.mesh,
-            self.grid,
-            self.recipe.exact,
-            self._combiner,
-            self.recipe.noise_scale,
-        )
-
-    def _gather(self, variables: Any) -> Any:
-        """Makes parameters, and the model's state, whole."""
-        arrays, treedef = jax.tree.flatten(variables)
-        leaves: list[LeafLayout] = jax.tree.leaves(
-            (self.layout.params, self.layout.model_state)
-        )
-        cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
-        dims = [leaves[i].dim for i in cut]
-        sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
-        wholes = gather_pieces([arrays[i] for i in cut], dims, sizes, self._shards)
-        for i, whole in zip(cut, wholes, strict=True):
-            arrays[i] = whole
-        # What follows must see parameters, not slices of a gathered buffer.
-        return lax.optimization_barrier(treedef.unflatten(arrays))
-
-    def _init(self, root: PRNGKeyArray) -> TrainState:
-        state = lax.optimization_barrier(self.recipe.first_state(root))
-        return jax.tree.map(
-            lambda x, leaf: x if leaf.dim < 0 else self._shards.cut(x, leaf.dim),
-            state,
-            self.layout,
-        )
-
-    def _step(
-        self, state: TrainState, slots: Any, root: PRNGKeyArray
-    ) -> tuple[TrainState, dict[str, Array]]:
-        loop = self._loop(self.recipe.loss)
-        params, model_state = self._gather((state.params, state.model_state))
-        out, model_state, grads, grad_exponent, passes = loop.gradient(
-            params,
-            model_state,
-            slots,
-            root,
-            state.step,
-            self._dims.params,
-            grad_exponent=state.grad_exponent,
-            loss_scale=state.loss_scale and state.loss_scale[0],
-        )
-        localizer = Localizer(self._shards, zero := opaque_zero(state.step))
-        (state, metrics), (new_dims, _) = localizer(
-            self.recipe.update,
-            (state, grads, grad_exponent, model_state),
-            update_arguments(self._dims, lambda _: -1),
-            update_arguments(self._abstract, lambda x: x),
-        )
-        state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
-        metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
-        return state, metrics | {"gradient_passes": passes}
-
-    def _evaluate(
-        self, variables: Any, slots: Any, root: PRNGKeyArray, step: Array, index: Array
-    ) -> dict[str, Array]:
-        root = jax.random.fold_in(stream(root, "evaluation"), index)
-        loss = self.recipe.eval_loss or self.recipe.loss
-        params, model_state = self._gather(variables)
-        out = self._loop(loss).evaluate(params, model_state, slots, root, step)
-        return {"loss": out.loss_sum, "weight": out.weight, **out.metrics}
-
-
-def evaluated(state: Any) -> tuple[Any, Any]:
-    """What of a state, or of a tree like one, a loss is evaluated with."""
-    params = state.params if state.ema is None else state.ema
-    return params, state.model_state

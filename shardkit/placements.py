@@ -55,7 +55,7 @@ class Placements:
         layout: A `TrainState` of `LeafLayout`.
         spec: The mesh that is asked for.
         pool: All devices there are.
-        batch: The global batch, abstractly.
+        batch: The global batch of step 0, abstractly.
         eval_batch: A global batch to evaluate on; the very same object for one alike.
         events: Where compilations and decisions are recorded.
         waiter: What waits for programs.
@@ -66,8 +66,8 @@ class Placements:
     Attributes:
         recipe: What is computed.
         pool: All devices there are.
-        present: Where the state is, after which others order their devices; None
-            while it is nowhere.
+        present: Where the state is, after which others order their devices and of whose
+            grid they are; None while it is nowhere.
 
     Raises:
         MeshError: If the mesh cannot be built even on the whole pool.
@@ -119,9 +119,10 @@ class Placements:
 
         An executable serves one order of its devices only, and compiling takes longer
         than moving. So among the orders whose program is ready, or else is being made,
-        it is the one to which least has to be moved; where there is none, the best of
-        all orders. Without a present placement, and over several processes, which must
-        agree whatever each has compiled, it is the order of the pool.
+        or else was ready for steps of another phase, it is the one to which least has
+        to be moved; where there is none, the best of all orders. Without a present
+        placement, and over several processes, which must agree whatever each has
+        compiled, it is the order of the pool.
         """
         if num_devices not in self._told:
             self._told.add(num_devices)
@@ -178,23 +179,28 @@ class Placements:
 
     def _choose(self, num_devices: int, present: Placement | None) -> Placement:
         plain = self._plain_mesh(num_devices)
-        if jax.process_count() > 1:
-            return self._derive(plain)
         ids = set(device_ids(plain))
-        known = [p for p in self._known.values() if set(device_ids(p.mesh)) == ids]
+        if present is not None and set(device_ids(present.mesh)) == ids:
+            return present
+        # Without a state, the step that is next is not known either.
+        grid = None if present is None else present.grid
+        num = grid.num_microbatches if grid else self.recipe.ramp(0)
+        if jax.process_count() > 1:
+            return self._derive(plain).with_grid(num)
+        alike = [p for p in self._known.values() if set(device_ids(p.mesh)) == ids]
+        known = [p.with_grid(num) for p in alike]
         ready = [p for p in known if p.is_compiled]
         ready = ready or [p for p in known if p in self._under_way]
+        ready = ready or [p for p in known if p.is_compiled_for_any_step]
         if present is None:
             # Nothing is moved: any that is ready will do, and first the plain one.
             ready.sort(key=lambda p: device_ids(p.mesh) != device_ids(plain))
-            return ready[0] if ready else self._derive(plain)
-        if present in ready:
-            return present
+            return ready[0] if ready else self._derive(plain).with_grid(num)
         if ready:
             source = present.mesh
             return min(ready, key=lambda p: self._mesh_order.num_bytes(source, p.mesh))
         devices = self._mesh_order.devices(present.mesh, plain)
-        return self._derive(self._spec.build(devices))
+        return self._derive(self._spec.build(devices)).with_grid(num)
 
     def _derive(self, mesh: Mesh) -> Placement:
         key = (device_ids(mesh), tuple(mesh.shape.items()))
@@ -216,6 +222,6 @@ class Placements:
         """How often each program was compiled, over all placements."""
         totals: dict[str, int] = {}
         for placement in list(self._known.values()):
-            for name, program in list(placement.programs.items()):
-                totals[name] = totals.get(name, 0) + program.counts["compile"]
+            for name, count in placement.count_compiles():
+                totals[name] = totals.get(name, 0) + count
         return totals

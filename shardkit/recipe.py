@@ -23,6 +23,7 @@ from shardkit.loss_structure import loss_structure
 from shardkit.model import LossOutput
 from shardkit.model_state import Combiner, split_variables
 from shardkit.noise import structure_with_squares, take_noise
+from shardkit.ramp import BatchRamp, as_ramp
 from shardkit.state import TrainState
 
 __all__ = ["LossScale", "Recipe", "update_arguments"]
@@ -76,7 +77,8 @@ class Recipe:
         loss: `(params, microbatch, key) → scalar or LossOutput`; with the model's state
             after the parameters if it has one.
         tx: Any optax transformation.
-        num_microbatches: Into how many equal parts the global batch is cut.
+        num_microbatches: Into how many equal parts the global batch is cut; a ramp says
+            so for every step, and a part has as many rows in all of them.
         seed: The seed of everything random.
         eval_loss: The loss for evaluation; None for `loss`.
         exact: Whether the device count may leave no trace.
@@ -89,7 +91,7 @@ class Recipe:
     init: Callable[[Any], Any]
     loss: Callable[..., Any]
     tx: optax.GradientTransformation
-    num_microbatches: int
+    num_microbatches: int | BatchRamp
     seed: int = 0
     eval_loss: Callable[..., Any] | None = None
     exact: bool = True
@@ -99,14 +101,28 @@ class Recipe:
     noise_scale: bool = False
 
     def __post_init__(self) -> None:
+        counts = self.ramp.counts
         if self.exact:
             # Refuses what its grid has no room for.
-            Accumulator(self.num_microbatches)
-        if self.noise_scale and self.num_microbatches < 2:
+            Accumulator(max(counts))
+        if self.noise_scale and min(counts) < 2:
             raise ConfigError(
                 "noise_scale: expected at least 2 microbatches, whose gradients are "
-                f"compared, found {self.num_microbatches}. Use more, or leave it off."
+                f"compared, found {self.ramp.record}. Use more, or leave it off."
             )
+
+    @property
+    def ramp(self) -> BatchRamp:
+        """How many microbatches each step has."""
+        return as_ramp(self.num_microbatches, "num_microbatches")
+
+    @property
+    def num_eval_microbatches(self) -> int:
+        """Into how many parts a batch to evaluate on is cut: as many as that of step 0.
+
+        Always the same, so that the same parameters have the same loss at any step.
+        """
+        return self.ramp(0)
 
     def first_state(self, root: PRNGKeyArray) -> TrainState:
         """Computes the state before step 0, whole."""
@@ -184,12 +200,12 @@ class Recipe:
         Args:
             params: Abstract parameters.
             model_state: The abstract state of the model, or None.
-            batch: An abstract global batch.
+            batch: The abstract global batch of step 0.
             eval_batch: Another, to evaluate on.
 
         Returns:
             The structure of the sums of each, and how the states that microbatches
-            leave become one.
+            leave at step 0 become one.
 
         Raises:
             PartitionError: If a loss returns anything but scalars, a metric whose name
@@ -199,7 +215,7 @@ class Recipe:
         variables = params, model_state
         train, is_kept = self._examine("loss", self.loss, variables, batch, trains=True)
         combiner = Combiner.plan(
-            model_state, is_kept, self.combine, self.num_microbatches, self.exact
+            model_state, is_kept, self.combine, self.ramp(0), self.exact
         )
         evaluation = train
         if self.eval_loss is not None or eval_batch is not batch:
@@ -217,7 +233,7 @@ class Recipe:
     def _examine(self, *args: Any, trains: bool) -> tuple[Any, list[bool]]:
         return loss_structure(
             *args,
-            num_microbatches=self.num_microbatches,
+            num_microbatches=self.ramp(0),
             exact=self.exact,
             trains=trains,
         )

@@ -32,6 +32,10 @@ _DECOMPOSITIONS = {
 }
 
 
+# XLA computes these otherwise within a branch, where sent work is done.
+_NEVER_SENT = frozenset(["conv_general_dilated"])
+
+
 class Region:
     """Steps that are run together on whole arrays.
 
@@ -144,7 +148,7 @@ def used_outside(
 
 
 def cost_of(eqn: Any) -> float:
-    """Estimates the arithmetic operations of an equation.
+    """Estimates the arithmetic operations of an equation; -inf to have all do it.
 
     Example:
         >>> x = jnp.ones((4, 8))
@@ -153,6 +157,8 @@ def cost_of(eqn: Any) -> float:
         256
     """
     name, params = eqn.primitive.name, eqn.params
+    if name in _NEVER_SENT:
+        return -math.inf
     size = sum(math.prod(var.aval.shape) for var in eqn.outvars)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

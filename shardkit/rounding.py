@@ -5,6 +5,7 @@ that rounds once. Which products a compiler fuses so depends on the shape of the
 around them, so the bits of `a * b + c * d` would depend on how an array is cut.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def not_broadcast(divisor: Array, numerator: Array, zero: Array) -> Array:
 
     Args:
         divisor: What is divided by.
-        numerator: What is divided, from which the divisor seems to depend.
+        numerator: What is divided.
         zero: An int32 zero unknown to the compiler.
     """
     integer = _integer(divisor.dtype)
@@ -51,8 +52,9 @@ def not_broadcast(divisor: Array, numerator: Array, zero: Array) -> Array:
         return divisor
     shape = jnp.broadcast_shapes(jnp.shape(divisor), jnp.shape(numerator))
     bits = lax.bitcast_convert_type(jnp.broadcast_to(divisor, shape), integer)
-    other = lax.bitcast_convert_type(jnp.broadcast_to(numerator, shape), integer)
-    bits = bits ^ (other & zero.astype(integer))
+    # Not from the numerator, which may be the same everywhere too.
+    place = lax.iota(jnp.int32, math.prod(shape)).reshape(shape)
+    bits = bits ^ (place & zero).astype(integer)
     return lax.bitcast_convert_type(bits, divisor.dtype)
 
 

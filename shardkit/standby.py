@@ -15,6 +15,8 @@ from shardkit.errors import ConfigError
 __all__ = ["Standby", "check_counts", "likely_counts"]
 
 _NICENESS = 10
+# Stands in for a device count: what is needed on whatever devices.
+_CERTAIN = 0
 
 
 class Derivable(Protocol):
@@ -96,7 +98,8 @@ class Standby:
 
     Args:
         placements: What makes them.
-        max_programs: How many it makes ready at most, over the whole run.
+        max_programs: How many it makes ready at most, over the whole run, or over each
+            phase of a batch ramp.
         max_bytes: How much code they may add; none is begun beyond.
         configured: Device counts that somebody expects.
 
@@ -122,7 +125,8 @@ class Standby:
         configured: Sequence[int] = (),
     ) -> None:
         self._placements, self.configured = placements, tuple(configured)
-        self._programs_left, self._bytes_left = max_programs, max_bytes
+        self._max_programs = self._programs_left = max_programs
+        self._bytes_left = max_bytes
         self._background = Background(
             "shardkit-standby", self._take, niceness=_NICENESS
         )
@@ -132,7 +136,24 @@ class Standby:
         self._made: set[int] = set()
         self._is_closed = False
 
-    def expect(self, counts: Sequence[int], *, present: int | None = None) -> None:
+    def begin_anew(self) -> None:
+        """Forgets what was made ready, as for other steps other programs are needed.
+
+        Then it may make as many as at first; their code counts as before.
+        """
+        with self._background.changed:
+            self._queue = []
+            self._ready.clear()
+            self._made.clear()
+            self._programs_left = self._max_programs
+
+    def expect(
+        self,
+        counts: Sequence[int],
+        *,
+        present: int | None = None,
+        certain: Callable[[], int] | None = None,
+    ) -> None:
         """Replaces what is to be made ready; what is under way is finished.
 
         Args:
@@ -141,6 +162,8 @@ class Standby:
                 needs, comes after the likeliest count, whose program takes the
                 longest, and counts as none of the `max_programs`. Nor does what was
                 made ready from elsewhere: only the move is new.
+            certain: Makes ready, where the run is, what it needs whether or not its
+                devices change. It comes first and counts as no program.
         """
         order = list(counts)
         if present is not None:
@@ -153,11 +176,18 @@ class Standby:
                 for n in order
                 if (present, n) not in self._ready
             ]
+            if certain is not None:
+                self._queue.insert(0, (_CERTAIN, present, certain))
             if self._queue:
                 self._background.begin()
 
     def look_ahead(
-        self, hosts: Sequence[int], num_pool: int, *, scripted: Sequence[int] = ()
+        self,
+        hosts: Sequence[int],
+        num_pool: int,
+        *,
+        scripted: Sequence[int] = (),
+        certain: Callable[[], int] | None = None,
     ) -> None:
         """Expects what may come next.
 
@@ -168,6 +198,7 @@ class Standby:
             hosts: The host of every device that the run is on.
             num_pool: How many devices there are at all.
             scripted: Device counts that are known to come.
+            certain: As `expect` takes it.
         """
         present = len(hosts)
         if len(set(hosts)) > 1:
@@ -177,8 +208,8 @@ class Standby:
             counts = likely_counts(
                 present, num_pool, scripted=scripted, configured=self.configured
             )
-        if counts:
-            self.expect(counts, present=present)
+        if counts or certain:
+            self.expect(counts, present=present, certain=certain)
 
     def wait(self, timeout_s: float) -> bool:
         """Waits until there is nothing left to do; whether that was so in time."""
@@ -199,20 +230,17 @@ class Standby:
         if not self._queue:
             return None
         count, present, prepare = self._queue.pop(0)
-        is_free = self._is_free(count, present)
+        # Counted as it is begun: what ends in another phase is none of its programs.
+        self._programs_left -= not self._is_free(count, present)
         self._ready.add((present, count))
         self._made.add(count)
-        return functools.partial(self._make, prepare, is_free)
+        return functools.partial(self._make, prepare)
 
-    def _make(self, prepare: Callable[[], int], is_free: bool) -> None:
-        num_bytes = 0
-        try:
-            num_bytes = prepare()
-        finally:
-            with self._background.changed:
-                self._programs_left -= not is_free
-                self._bytes_left -= num_bytes
+    def _make(self, prepare: Callable[[], int]) -> None:
+        num_bytes = prepare()
+        with self._background.changed:
+            self._bytes_left -= num_bytes
 
     def _is_free(self, count: int, present: int | None) -> bool:
         """Whether it counts as no program."""
-        return count == present or count in self._made
+        return count in (_CERTAIN, present) or count in self._made

@@ -33,6 +33,7 @@ from shardkit.placements import Placements
 from shardkit.prefetch import Prefetcher
 from shardkit.probe import SpeedProbe
 from shardkit.program_report import ProgramReport
+from shardkit.ramp import BatchRamp
 from shardkit.recipe import LossScale, Recipe
 from shardkit.snapshot.config import SnapshotConfig
 from shardkit.snapshot.snapshots import open_snapshots
@@ -58,7 +59,8 @@ class Trainer:
             examples in dim 0.
         mesh: The mesh that is asked for.
         axis_rules: Logical axis → mesh axis.
-        num_microbatches: Into how many equal parts the global batch is cut.
+        num_microbatches: Into how many equal parts the global batch is cut; or an
+            `sk.BatchRamp`, which says so for every step. Parts keep their size.
         seed: The seed of everything random.
         eval_loss: The loss for evaluation, without dropout; None for `loss`.
         consistency: `"exact"` keeps every bit whatever the device count; `"fast"`
@@ -116,7 +118,7 @@ class Trainer:
         data: Callable[[int], Any],
         mesh: MeshSpec | None = None,
         axis_rules: AxisRules | None = None,
-        num_microbatches: int,
+        num_microbatches: int | BatchRamp,
         seed: int = 0,
         eval_loss: Callable[..., Any] | None = None,
         consistency: str = "exact",
@@ -168,9 +170,10 @@ class Trainer:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
         check_counts(standby_counts, len(pool), max_programs=standby)
-        like, checked = checked_data(data, num_microbatches)
+        ramp = self._recipe.ramp
+        like, rows, checked = checked_data(data, ramp)
         waiter = Waiter()
-        known = {"seed": seed, "consistency": consistency, "grid": num_microbatches}
+        known = {"seed": seed, "consistency": consistency, "grid": ramp.record}
         if eval is not None:
             check_weights(eval, self._recipe, self._layout)
         certify = certify if consistency == "exact" else "off"
@@ -193,7 +196,7 @@ class Trainer:
             history=open_history(
                 checkpoint,
                 {**known, **(manifest or {})},
-                rows=jax.tree.leaves(like)[0].shape[0],
+                rows=rows,
                 corpus_digest=getattr(data, "digest", None),
                 events=self.events,
                 begins=snapshot is None or snapshot.store is None,
@@ -275,11 +278,12 @@ class Trainer:
             CertificateError: If a change altered bits.
             NonFiniteError: If the loss is not finite.
             LostStateError: If shards were lost and are in no snapshot or checkpoint.
+            ConfigError: If `jax.set_mesh` has made another mesh the current one.
         """
         controller = self._controller
         membership = scripted({}) if membership is None else membership
         check_source(membership, len(controller.placements.pool), jax.process_count())
-        controller.scripted = membership.expected()
+        controller.foresight.scripted = membership.expected()
         stop = membership.start()
         due: dict[Callable[[], Any], int] = {}
         if self._eval:
@@ -287,17 +291,9 @@ class Trainer:
         if self._checkpoint:
             due[functools.partial(self.save, wait=False)] = self._checkpoint.every
         pending = Pending(check_gradients=self._recipe.loss_scale is None)
-        metrics = train(controller, steps, membership, pending, due, self._probe)
         try:
-            while True:
-                # What the caller does between two steps is never given up.
-                with controller.waiter.listening(membership.leaving):
-                    found = next(metrics, None)
-                if found is None:
-                    return
-                yield found
+            yield from train(controller, steps, membership, pending, due, self._probe)
         finally:
-            metrics.close()
             stop()
 
     def evaluate(self, on: EvalConfig | None = None) -> dict[str, float]:
@@ -377,9 +373,14 @@ class Trainer:
         return self._controller.go_on()
 
     def ready(self) -> None:
-        """Compiles, or loads, what the first step on all devices needs."""
+        """Compiles, or loads, what the first step on all devices needs.
+
+        Where the batch ramps that is the step of any phase, as it is not known yet from
+        which step the run goes on.
+        """
         placement = self._controller.placements.on(self._controller.num_devices)
-        placement.compile()
+        for start, _ in self._recipe.ramp.phases:
+            placement.at(start).compile()
         placement.meet()
 
     def wait_for_standby(self, timeout_s: float) -> bool:

@@ -198,6 +198,8 @@ def test_annotate_takes_a_model_and_its_rules_and_computes_nothing():
     assert [leaf.path for leaf in table.leaves] == ["params/w", "state/mean"]
     assert table.dims == (0, -1)
     assert sk.annotate(init).dims == (-1, -1)
+    [notice] = sk.annotate(init, {}, {"params/w": (None, None)}).unused
+    assert "paths begin within params: 'w'" in notice
 
 
 def test_constrain_cuts_along_the_axes_left_to_the_compiler():

@@ -160,7 +160,7 @@ def test_what_standby_prepares_is_what_the_change_asks_for(make):
     # It ends before standby thinks of what comes after the change.
     for metrics in trainer.run(steps=7, membership=sk.scripted({0: 4, 5: 8})):
         if metrics.step == 3:
-            assert trainer._controller._standby.wait(TIMEOUT_S)
+            assert trainer.wait_for_standby(TIMEOUT_S)
             num_compiled = trainer.compiles["step"]
     [change] = fields_of(events, "reconfigure")
     assert change["was_ready"] is True

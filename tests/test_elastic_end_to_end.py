@@ -25,7 +25,10 @@ SPECS = {
     "Nx1": sk.MeshSpec(data=-1, fsdp=1),
 }
 # What these have, others have too; the soaks have them all.
-LONG = {"digits-clip-adamw-static-scale", "digits-lamb", "digits-sgd-bfloat16"}
+LONG = {
+    *("digits-clip-adamw-static-scale", "digits-lamb", "digits-lion-13"),
+    *("digits-sgd-bfloat16", "gpt-lion-bfloat16"),
+}
 QUICK = [
     pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
     for name in PROBLEMS
@@ -70,7 +73,7 @@ def test_a_change_of_devices_leaves_no_trace(problem, begin, uninterrupted):
 
 
 @settings(
-    max_examples=6,
+    max_examples=4,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

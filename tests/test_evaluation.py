@@ -52,6 +52,8 @@ def test_a_set_that_cannot_be_is_refused():
         sk.FixedSet({"weight": np.ones(3)}, global_batch_size=2)
     with pytest.raises(sk.DataError, match="global_batch_size of at least 1"):
         sk.FixedSet({"x": np.ones(3)}, global_batch_size=0)
+    with pytest.raises(sk.DataError, match=r"that no ramp changes, found BatchRamp"):
+        sk.FixedSet({"x": np.ones(3)}, global_batch_size=sk.BatchRamp({0: 2, 3: 4}))
     with pytest.raises(sk.ConfigError, match="the set has 3 batches, found 4"):
         sk.EvalConfig(data=SET, num_batches=4)
 

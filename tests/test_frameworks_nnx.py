@@ -235,3 +235,14 @@ def test_a_state_beside_the_module_is_refused():
         return sk.LossOutput(loss(module, microbatch), 1, state={"n": jnp.int32(0)})
 
     assert "carried on without it" in message_of(loss=stateful)
+
+
+def test_what_does_not_make_a_module_of_rngs_is_refused():
+    class Named(nnx.Module):
+        def __init__(self, *, rngs):
+            self.linear = nnx.Linear(2, 2, rngs=rngs)
+
+    with pytest.raises(sk.ConfigError, match=r"lambda rngs: Named\(…, rngs=rngs\)"):
+        sk.from_nnx(Named, lambda module, microbatch: 0.0)
+    with pytest.raises(sk.ConfigError, match="found a Named that is made"):
+        sk.from_nnx(Named(rngs=nnx.Rngs(0)), lambda module, microbatch: 0.0)

@@ -117,3 +117,12 @@ def test_a_prompt_of_no_tokens_is_refused(built, prompt):
     model, params = built
     with pytest.raises(sk.DataError, match="tokens from 0 to 16"):
         model.sample(params, prompt, KEY, num_tokens=1)
+
+
+def test_ids_of_a_tokenizer_are_no_bytes():
+    tiny = CONFIG.replace("digits", "tiny")
+    flags = ["--data.factory", "documents", "--data.path", "a.jsonl"]
+    assert build_sampler(parse_arguments([tiny, *flags]).config)
+    found = parse_arguments([tiny, *flags, "--data.options.tokenizer", "t.json"])
+    with pytest.raises(sk.ConfigError, match="are ids of a tokenizer"):
+        build_sampler(found.config)

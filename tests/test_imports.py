@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 TIERS = [
     "errors events version waits hlo background bits blocks",
     "tree arguments mesh keys membership nn model clipping places shards rounding "
-    "jaxprs corpus batch prefetch standby program_cache program_report",
-    "annotations",
+    "jaxprs corpus ramp prefetch standby program_cache program_report",
+    "annotations batch schedules",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap noise sampling",
     "digest state program model_state put senders sources matrices operations regions "
     "updates",
-    "functions localize",
+    "functions localize slots",
     "gradient annotation_table loss_structure frameworks",
     "cells",
     "routes shares",
@@ -36,12 +36,12 @@ TIERS = [
     "carry",
     "recipe resharding",
     "state_layout state_moves",
-    "staging verdict",
+    "staging verdict device_work",
     "placement",
     "placements",
     "elastic metrics checkpoint evaluation planner probe",
     "snapshot",
-    "certificate rescue chaos",
+    "certificate rescue chaos foresight",
     "controller",
     "leaving",
     "loop",

@@ -26,9 +26,10 @@ ARGS = {
     "cut_column": COLUMN,
     "nan_first": NAN_FIRST,
     "nan_last": NAN_LAST,
+    "whole": normal(5, 3, seed=2),
     "integers": np.arange(15, dtype=np.int32).reshape(5, 3) * 7919 % 1000,
 }
-DIMS = dict.fromkeys(ARGS, 0) | {"columns": 1, "bias": -1}
+DIMS = dict.fromkeys(ARGS, 0) | {"columns": 1, "bias": -1, "whole": -1}
 
 
 def of(*names):
@@ -81,6 +82,12 @@ LOCAL = {
     "bfloat16 sums": of("x")(
         lambda x: [x.astype(jnp.bfloat16).sum(dim) for dim in (None, 0, 1)]
     ),
+    # A compiler that sees both operations makes one of them, with other bits.
+    "quotient of a quotient": of("whole", "bias", "x")(lambda w, b, x: (w / b) / x),
+    "product with a mask": of("whole", "x")(lambda w, x: (w > 0) * x),
+    "bfloat16 sum of sums": of("x", "y")(
+        lambda x, y: lax.reduce_sum(x.astype(jnp.bfloat16) + y.astype("bfloat16"), (0,))
+    ),
     "extrema": of("x", "integers")(
         lambda x, i: (x.max(), x.min(0), x.max(1), i.max(0), (i - 500).min())
     ),
@@ -107,6 +114,7 @@ LOCAL = {
         )
     ),
     "made here": of("x")(lambda x: x + jnp.arange(5.0)[:, None] + jnp.ones((5, 1))),
+    "mask made here": of("x")(lambda x: jnp.where(jnp.tri(5, 3, dtype=bool), x, 0)),
     "untouched": of("y")(lambda y: (y, jnp.float32(3))),
     "another dim": of("x", "columns")(lambda x, c: (x * c, c + x, c.sum(0), c.sum(1))),
     "nan": of("nan_first", "nan_last")(
@@ -194,6 +202,11 @@ def test_every_number_of_shards_computes_the_same_bits(name, count):
 @pytest.mark.parametrize("name", sorted(LOCAL.keys() - {"another dim"}))
 def test_work_that_has_a_local_form_stays_local(name):
     assert traced(LOCAL[name], [ARGS], [DIMS])[1] == []
+
+
+@pytest.mark.parametrize("name", ["made here", "mask made here"])
+def test_what_stays_local_for_the_layout_stays_so_on_a_mesh(name):
+    assert on_shards(LOCAL[name], [ARGS], [DIMS], 2).gathered == []
 
 
 @pytest.mark.parametrize("name", GATHERED)
@@ -290,6 +303,55 @@ def test_conditions_nest_and_switch():
         one, many = [on_shards(fn, args, [0, -1], count) for count in (1, 8)]
         assert_same_bits(many.out, one.out)
         assert_close(one.out, jax.jit(fn)(*args))
+
+
+def test_a_quotient_whose_numerator_repeats_is_a_quotient():
+    def fn(x, y, w):
+        quotient = jnp.broadcast_to(w[0], w.shape) / x.sum()
+        return x + quotient * 0.3, y + quotient, (quotient + 0.3 - y) - quotient
+
+    args = [normal(17, 13, seed=seed) for seed in (0, 2, 4)]
+    one, many = [on_shards(fn, args, [0, 1, -1], count) for count in (1, 3)]
+    assert_same_bits(many.out, one.out)
+
+
+def test_keys_are_chosen_by_what_is_cut():
+    def fn(x, keys):
+        return jnp.where(x > 0, keys, keys[::-1])
+
+    args = [COLUMN, jax.random.split(jax.random.key(0), 5)]
+    one, many = [on_shards(fn, args, [0, -1], count) for count in (1, 3)]
+    assert_same_bits(many.out, one.out)
+    assert_same_bits(one.out, jax.random.key_data(fn(*args)))
+
+
+def test_what_has_no_result_is_carried_out():
+    seen = []
+
+    def fn(x):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+        return x * 2
+
+    assert_same_bits(on_shards(fn, [X], [0], 3).out, X * 2)
+    jax.effects_barrier()
+    assert seen
+    for x in seen:
+        np.testing.assert_array_equal(x, X)
+
+
+def test_a_branch_that_is_not_taken_leaves_nothing():
+    seen = []
+
+    def loud(x):
+        jax.debug.callback(lambda x: seen.append(x), x.sum())
+        return x
+
+    def fn(x):
+        return lax.cond(jnp.sum(x * x) > 0, lambda x: x * 2, loud, x)
+
+    assert_same_bits(on_shards(fn, [X], [0], 2).out, X * 2)
+    jax.effects_barrier()
+    assert not seen
 
 
 def callback(x):

@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from updates import Problem, different_leaves, init_of, mesh_of, run_updates
 
 from shardkit import matrices
 from shardkit.local_rules import Shard
+from shardkit.localize import Localizer
 from shardkit.matrices import Task, assign, compute
 from shardkit.program import Program
 from shardkit.shards import Shards
@@ -143,6 +147,25 @@ MATRICES = {"rows": normal(3, 5), "columns": normal(4, 5, seed=1), "all": normal
 CUTS = {"rows": 0, "columns": 1, "all": -1}
 
 
+def largest_array(fn, x, count):
+    """The elements of the largest array of a function of rows on `count` shards."""
+
+    def spmd(piece):
+        localizer = Localizer(Shards("fsdp", count))
+        return localizer(fn, [piece], [0], [jax.ShapeDtypeStruct(x.shape, x.dtype)])[0]
+
+    rows, everywhere = PartitionSpec("fsdp"), PartitionSpec()
+    mapped = jax.shard_map(
+        spmd,
+        mesh=mesh_of(1, count),
+        in_specs=rows,
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    types = re.findall(r"tensor<((?:\d+x)+)\w+>", jax.jit(mapped).lower(x).as_text())
+    return max(math.prod(map(int, dims.split("x")[:-1])) for dims in types)
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """The tasks of each round; all of them are large."""
@@ -162,6 +185,36 @@ def test_the_products_of_a_matrix_are_one_task(computed):
     assert sorted(task.cost for task in computed[0]) == [180, 320, 720]
     # What follows the last product is done on pieces again.
     assert dims == (CUTS, -1)
+
+
+def test_what_only_moves_is_never_sent(computed):
+    def fn(x, y):
+        return x + jnp.eye(5) + jnp.concatenate([y, y], 1)[:, :5]
+
+    traced(fn, [normal(5, 5), normal(5, 3)], [0, -1])
+    assert computed == []
+
+
+def test_a_convolution_is_done_by_all(computed):
+    def fn(x, y):
+        return jnp.convolve(x, y)
+
+    args = [normal(13), normal(25, seed=1)]
+    one, many = [on_shards(fn, args, [0, 0], count) for count in (1, 3)]
+    assert_same_bits(many.out, one.out)
+
+
+def test_a_result_that_all_want_is_not_held_for_each(computed):
+    def fn(x):
+        return x.T @ x
+
+    x = normal(8, 64)
+    one, many = [on_shards(fn, [x], [0], count) for count in (1, 8)]
+    assert_same_bits(many.out, one.out)
+    assert many.dims == -1
+    dims, _ = traced(fn, [x], [0])
+    assert dims == -1
+    assert largest_array(fn, x, 8) == 64 * 64
 
 
 def test_tasks_that_meet_in_a_product_are_one(computed):

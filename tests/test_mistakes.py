@@ -67,6 +67,47 @@ def test_a_mesh_axis_that_does_not_exist():
     assert "did you mean 'data'?" in text
 
 
+def test_rules_as_other_libraries_write_them():
+    pairs = [("embed", "fsdp"), ("mlp", ["tensor"])]
+    text = refusal(sk.ConfigError, axis_rules=pairs)
+    assert "axis_rules: expected a dict, found a list" in text
+    assert '{"embed": "fsdp"}' in text
+    text = refusal(sk.ConfigError, path_rules=[("w", ("embed", None))])
+    assert "path_rules: expected a dict, found a list" in text
+    text = refusal(sk.PartitionError, axis_rules={"embed": ["fsdp", "sequence"]})
+    assert "embed = ['fsdp', 'sequence']  ; give one of them: 'fsdp'" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "whose"),
+    [
+        ({"axis_rules": {"embed": "data"}}, "axis_rules: 'embed'"),
+        (
+            {"path_rules": {"w": PartitionSpec("data")}, "init": lambda k: three(k)},
+            "a PartitionSpec",
+        ),
+    ],
+)
+def test_a_mesh_axis_that_cuts_nothing(changed, whose):
+    [notice] = run(**{"axis_rules": {}, **changed})
+    assert notice.startswith(f"{whose} goes to 'data', along which no array is cut;")
+
+
+def test_a_mesh_that_is_set():
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        text = refusal(sk.ConfigError)
+    assert "{'x': 8} the current mesh" in text
+    assert "leave jax.set_mesh out" in text
+
+
+def test_a_mesh_that_is_set_later(make):
+    # JAX would refuse a save, after all the steps before it.
+    trainer, _ = make()
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        with pytest.raises(sk.ConfigError, match=r"leave jax\.set_mesh out"):
+            next(trainer.run(1))
+
+
 def test_a_logical_axis_that_no_leaf_has():
     [notice] = run(axis_rules={"embde": "fsdp"})
     assert "no leaf has the logical axis 'embde'; did you mean 'embed'?" in notice
@@ -226,6 +267,11 @@ def test_large_arrays_that_a_loss_closes_over_are_noticed():
         ({"loss": lambda p, m, k: m["x"][:, 0]}, sk.PartitionError, "scalars"),
         ({"tx": 0.1}, sk.ConfigError, "found float without init and update"),
         ({"data": [1, 2]}, sk.ConfigError, "a function of (step), found list"),
+        ({"data": iter([])}, sk.ConfigError, "sk.from_iterable"),
+        ({"data": lambda: iter([])}, sk.ConfigError, "sk.from_iterable"),
+        ({"data": lambda s: (1, 2)}, sk.DataError, "a tuple of 2. Name its parts"),
+        ({"data": sk.from_iterable([[1]])}, sk.DataError, "batch 0: expected a dict"),
+        ({"mesh": {"fsdp": 8}}, sk.ConfigError, "such as sk.MeshSpec(data=2"),
         ({"num_microbatches": 5}, sk.DataError, "Set num_microbatches to 4"),
     ],
 )

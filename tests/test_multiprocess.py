@@ -68,6 +68,7 @@ def check_relay(problem, runs, directory):
     trainer.close()
 
 
+@pytest.mark.slow
 def test_processes_with_other_devices_and_cores_go_on(tmp_path):
     check_relay("digits-wide-13", [(8, 1), (1, 2), (3, 1)], tmp_path)
 

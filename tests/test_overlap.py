@@ -135,6 +135,28 @@ def test_a_request_is_taken_back(slow):
     assert [fields["to_devices"] for fields in slow.announced] == [6, 8]
 
 
+def test_begun_anew_it_waits_for_what_is_needed_now(slow):
+    slow.overlap.begin_anew()
+    assert slow.next(asks(6)) == NOTHING
+    assert slow.begun.acquire(timeout=TIMEOUT_S)
+    slow.overlap.begin_anew()
+    slow.may_end.release()
+    assert slow.begun.acquire(timeout=TIMEOUT_S)
+    # What was begun first is there, and no longer what is needed.
+    assert slow.next() == NOTHING
+    slow.finish()
+    assert slow.next() == asks(6)
+    assert slow.seen == [6, 6]
+    assert len(slow.announced) == 1
+
+
+def test_begun_anew_it_waits_for_nothing_that_is_there(slow):
+    assert slow.next(asks(6)) == NOTHING
+    slow.ready = (6,)
+    slow.overlap.begin_anew()
+    assert slow.next() == asks(6)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_what_cannot_be_prepared_is_for_the_change_to_tell(slow, error):
     slow.bad, slow.error = (6,), error
@@ -323,7 +345,7 @@ def test_a_request_outlives_the_run_in_which_it_came(make, loss):
             send(signal.SIGUSR1)
     assert trainer._controller.num_asked == 7
     loss.may_end.set()
-    assert trainer._controller._overlap.wait(TIMEOUT_S)
+    assert trainer._controller.foresight._overlap.wait(TIMEOUT_S)
     [metrics] = trainer.run(steps=7, membership=membership)
     assert metrics.num_devices == 7
 

@@ -284,6 +284,7 @@ def test_a_node_leaves_and_another_joins(launch, nodes, politely):
 
 @needs_ray
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_who_speaks_with_ray_is_killed(launch, nodes):
     run = launch(nodes.ask("address"), steps=1000)
     wait_seats(run, 1)

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,8 +32,9 @@ def equation(fn, *args):
             lambda x: lax.cond(x[0, 0] > 0, lambda x: x, lambda x: x @ x.T @ x, x),
             384 + 24,
         ),
+        (lambda x: lax.conv(x[None, None], x[None, None], (1, 1), "SAME"), -math.inf),
     ],
-    ids=["add", "vector", "batched", "qr", "scan", "cond"],
+    ids=["add", "vector", "batched", "qr", "scan", "cond", "convolution"],
 )
 def test_costs_are_the_operations_that_are_usually_taken(fn, expected):
     assert cost_of(equation(fn, MATRIX)) == expected

@@ -73,13 +73,25 @@ counts = st.sampled_from([1, 2, 3, 4, 6, 8])
 dims = st.integers(-1, 1)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(
+moves = given(
     shapes=st.lists(shapes, min_size=1, max_size=6),
     ends=st.tuples(counts, dims, counts, dims, st.integers(0, 7)),
     more=st.sampled_from([0, 4096, 1 << 20]),
 )
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@moves
 def test_no_device_holds_more_than_either_end_and_the_limit(shapes, ends, more):
+    with pytest.MonkeyPatch.context() as patch:
+        check_peaks(peaks.__wrapped__(patch), shapes, ends, more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@moves
+def test_no_device_ever_holds_more_than_either_end_and_the_limit(shapes, ends, more):
     with pytest.MonkeyPatch.context() as patch:
         check_peaks(peaks.__wrapped__(patch), shapes, ends, more)
 

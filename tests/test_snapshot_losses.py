@@ -356,7 +356,7 @@ def test_snapshots_compile_nothing_where_a_change_is_ready(make):
     trainer, _ = make(mesh=FLAT, snapshot=EVERY_STEP, certify="off", standby=8)
     for metrics in trainer.run(steps=7, membership=sk.scripted({0: 4, 5: 8})):
         if metrics.step == 3:
-            assert trainer._controller._standby.wait(TIMEOUT_S)
+            assert trainer.wait_for_standby(TIMEOUT_S)
             num_compiled = trainer.compiles
     assert trainer.compiles["stage"] == num_compiled["stage"]
     assert "stage" not in trainer.inspect(4)

@@ -1,5 +1,6 @@
 """Files as sources, text to tokens, and documents packed into rows."""
 
+import dataclasses
 import itertools
 import json
 
@@ -313,3 +314,17 @@ def test_an_unknown_option_is_named(tmp_path):
     )
     with pytest.raises(ConfigError, match="did you mean 'dtype'"):
         build_batches(config)
+
+
+def test_tokens_that_a_model_has_no_row_for_are_refused(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.full(101, 300, dtype=np.uint16))
+    config = config_of(factory="tokens", path=str(tmp_path), sequence_length=4)
+
+    def with_vocabulary(size):
+        options = {"vocab_size": size}
+        model = dataclasses.replace(config.model, options=options)
+        return dataclasses.replace(config, model=model)
+
+    build_batches(with_vocabulary(301))
+    with pytest.raises(ConfigError, match=r"token 300, .* 301, found 256"):
+        build_batches(with_vocabulary(256))

@@ -130,11 +130,26 @@ def test_the_way_back_is_prepared_too_and_counts_as_no_program():
     assert placements.seen == [5, 8, 8, 5]
 
 
+def test_begun_anew_it_may_make_as_many_whatever_is_under_way():
+    placements = Slow()
+    standby = Standby(placements, max_programs=1)
+    standby.expect([5, 3])
+    assert placements.begun.acquire(timeout=TIMEOUT_S)
+    standby.begin_anew()
+    for _ in range(3):
+        placements.may_go.release()
+    assert standby.wait(TIMEOUT_S)
+    standby.expect([5, 3])
+    assert standby.wait(TIMEOUT_S)
+    assert placements.seen == [5, 5]
+    standby.close()
+
+
 def test_configured_counts_are_prepared_before_guesses(make):
     trainer, _ = make(standby=2, standby_counts=[3], certify="off")
     for metrics in trainer.run(6, sk.scripted({9: 5})):
         if metrics.step == 4:
-            assert trainer._controller._standby.wait(TIMEOUT_S)
+            assert trainer.wait_for_standby(TIMEOUT_S)
     known = trainer._controller.placements._known.values()
     ready = [placement.num_devices for placement in known if placement.is_compiled]
     assert ready == [8, 5, 3]
@@ -202,7 +217,7 @@ def test_a_change_to_a_waiting_program_compiles_nothing(make, certify, compiled)
     for metrics in trainer.run(steps=14, membership=sk.scripted(script)):
         seen.append(metrics.step)
         if metrics.step == 4:
-            assert trainer._controller._standby.wait(TIMEOUT_S)
+            assert trainer.wait_for_standby(TIMEOUT_S)
             # 8; scripted 5 and 3; 7, 6 and 4
             assert trainer.compiles["step"] == trainer.compiles["evaluate"] == 6
             assert compiled

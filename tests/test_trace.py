@@ -196,7 +196,7 @@ def test_the_trace_of_a_run_covers_it(make, tmp_path, terminal):
         script = sk.scripted({2: 4, 5: 8, 6: 4})
         for metrics in trainer.run(steps=7, membership=script):
             report.step(metrics)
-        assert trainer._controller._standby.wait(60)
+        assert trainer.wait_for_standby(60)
     events = events_in(directory.trace)
     assert_nested(events)
     assert [e["args"]["step"] for e in events if e["cat"] == "step"] == list(range(7))

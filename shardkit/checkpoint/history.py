@@ -26,6 +26,7 @@ from shardkit.checkpoint.sums import check_sums
 from shardkit.errors import DamagedError, RestoreError, SaveError
 from shardkit.events import EventLog
 from shardkit.placement import Placement
+from shardkit.ramp import BatchRamp, as_ramp
 
 __all__ = ["History", "open_history"]
 
@@ -37,8 +38,8 @@ class History:
         checkpoints: Where they are.
         run: What a checkpoint must share to be restored.
         random: How the run makes its keys; for information.
-        cursor: What says, with the step, where the data goes on: `rows` in a global
-            batch, and the digest of a corpus that has one.
+        rows: How many each global batch has: with the step, where the data goes on.
+        corpus: The digest of the data, if it has one.
         events: Where what happens is told.
         exact: Whether the run promises its bits.
     """
@@ -48,13 +49,15 @@ class History:
         checkpoints: Checkpoints,
         run: Mapping[str, Any],
         random: Mapping[str, Any],
-        cursor: Mapping[str, Any],
+        rows: BatchRamp,
+        corpus: Mapping[str, Any],
         events: EventLog,
         *,
         exact: bool,
     ) -> None:
         self._checkpoints, self._events, self._exact = checkpoints, events, exact
-        self._run, self._random, self._cursor = dict(run), dict(random), dict(cursor)
+        self._run, self._random = dict(run), dict(random)
+        self._rows, self._corpus = rows, dict(corpus)
         self._chosen: Saved | None = None
         self._is_certain, self._remap = False, None
         self._own: set[int] = set()
@@ -89,10 +92,14 @@ class History:
                     f"{self._checkpoints.directory}: step {step} has been saved by "
                     "another run meanwhile. Give every run a directory of its own."
                 )
-            position = {"next_step": step, "examples": step * self._cursor["rows"]}
+            position = {
+                "next_step": step,
+                "examples": self._rows.before(step),
+                "rows": self._rows(step),
+            }
             facts = Facts(
                 run=self._run,
-                data={**position, **self._cursor},
+                data={**position, **self._corpus},
                 random=self._random,
                 metrics=metrics,
             )
@@ -257,7 +264,7 @@ def open_history(
     config: CheckpointConfig | None,
     run: Mapping[str, Any],
     *,
-    rows: int,
+    rows: int | BatchRamp,
     corpus_digest: str | None,
     events: EventLog,
     begins: bool = True,
@@ -267,7 +274,7 @@ def open_history(
     Args:
         config: Where they are.
         run: What a checkpoint must share: `seed` and `consistency` among it.
-        rows: Examples in a global batch.
+        rows: Examples in each global batch.
         corpus_digest: Of the data, if it has one.
         events: Where what happens is told.
         begins: Whether it is this process's run already; otherwise the directory is
@@ -281,12 +288,14 @@ def open_history(
     checkpoints = Checkpoints(config)
     if begins:
         checkpoints.begin()
+    ramp = as_ramp(rows, "rows")
     return History(
         checkpoints,
         # Of another global batch, the examples of a step would be others.
-        {**corpus, "rows": rows, **run},
+        {**corpus, "rows": ramp.record, **run},
         random,
-        {"rows": rows, **corpus},
+        ramp,
+        corpus,
         events,
         exact=run["consistency"] == "exact",
     )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from shardkit.config.toml import dump_toml
 from shardkit.errors import ConfigError
+from shardkit.ramp import BatchRamp
 
 __all__ = [
     "BUILT_IN_DATA",
@@ -83,6 +84,9 @@ class DataSection:
     """Rows per step, on any number of devices."""
     num_microbatches: int
     """Equal parts of the global batch, each evaluated at once on one device."""
+    batch_ramp: str | None = None
+    """Other numbers of such parts by step, `"1000:16,3000:32"`. Parts keep their size,
+    so that the batch grows with them; `global_batch_size` is that of step 0."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of a factory other than `"text"`; what `"tokens"` and
     `"documents"` take is in `docs/data.md`."""
@@ -95,6 +99,8 @@ class DataSection:
                 f"num_microbatches = {self.num_microbatches}; "
                 "change one so that every microbatch has the same rows"
             )
+        # Read here, so that one that is none is refused at once.
+        assert self.ramp is not None
         _fraction(self, "validation_fraction")
         if self.factory in BUILT_IN_DATA:
             needed = ("sequence_length", "path")[: 1 + (self.factory != "text")]
@@ -114,6 +120,21 @@ class DataSection:
                     "move it into [data.options] if that factory takes it"
                 )
 
+    @property
+    def ramp(self) -> BatchRamp:
+        """How many microbatches each step has."""
+        if self.batch_ramp is None:
+            return BatchRamp({0: self.num_microbatches})
+        try:
+            return BatchRamp.parse(self.batch_ramp, self.num_microbatches)
+        except ConfigError as error:
+            raise ConfigError(f"batch_ramp: {error}") from None
+
+    @property
+    def rows(self) -> BatchRamp:
+        """How many rows each step has."""
+        return self.ramp.rows(self.global_batch_size // self.num_microbatches)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSection:
@@ -132,6 +153,8 @@ class OptimizerSection:
     a run can be stopped early or prolonged without becoming another run."""
     end_factor: float = 0.0
     """The learning rate at the horizon, as a part of the peak."""
+    scale_to_batch: Literal["linear", "sqrt"] | None = None
+    """Times k, or √k, where `batch_ramp` makes the batch k times that of step 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay, times the learning rate; adafactor's is not."""
     decay_mask: Literal["all", "matrices"] = "matrices"
@@ -297,6 +320,10 @@ class RunConfig:
 
     def __post_init__(self):
         _at_least(self, 1, "devices")
+        if self.optimizer.scale_to_batch and self.data.ramp.is_constant:
+            raise ConfigError(
+                "[optimizer] scale_to_batch is of no use without batch_ramp in [data]"
+            )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

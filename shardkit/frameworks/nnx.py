@@ -5,7 +5,9 @@ every Variable of a module is trained, carried on, or fed with keys; what a loss
 beside is refused by name. Loss functions are written as in plain NNX.
 """
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +48,7 @@ def from_nnx(
     metadata of Variables. Python attributes that a loss sets are not carried.
 
     Args:
-        make: `nnx.Rngs → nnx.Module`.
+        make: `nnx.Rngs → nnx.Module`, called as `make(rngs)`.
         loss: `(module, microbatch) → scalar or LossOutput`. It may change the module's
             Variables, but not those that are trained.
         eval_loss: The same for evaluation; None for `loss`. It is given the module
@@ -61,7 +63,8 @@ def from_nnx(
 
     Raises:
         PartitionError: When it is used, if a Variable cannot be trained or carried on.
-        ConfigError: If `make` returns no module.
+        ConfigError: If `make` is a module, is not called as `make(rngs)`, or returns
+            no module.
 
     Example:
         >>> from flax import nnx
@@ -75,6 +78,7 @@ def from_nnx(
     """
     nnx = load("flax.nnx", "flax", "from_nnx")
     wrt = nnx.Param if wrt is None else wrt
+    _check_make(make, nnx.Module)
 
     def made(key: PRNGKeyArray) -> Any:
         # Meshes are shardkit's: a Variable with logical axes must not ask for one.
@@ -128,6 +132,32 @@ def from_nnx(
         axis_rules=axis_rules or {},
         combine=combine or {},
     )
+
+
+def _check_make(make: Any, module_type: type) -> None:
+    if isinstance(make, module_type):
+        name = type(make).__name__
+        raise ConfigError(
+            "from_nnx: expected what makes a module, nnx.Rngs → nnx.Module, found a "
+            f"{name} that is made. Give from_nnx({name}, …), or lambda rngs: "
+            f"{name}(…, rngs=rngs)."
+        )
+    # The signature of a module's class is that of Flax's metaclass, which says nothing.
+    is_class = inspect.isclass(make) and issubclass(make, module_type)
+    called: Any = make.__init__ if is_class else make
+    signature = None
+    with contextlib.suppress(TypeError, ValueError):
+        signature = inspect.signature(called)
+    if signature is None:
+        return
+    try:
+        signature.bind(*[None] * (2 if is_class else 1))
+    except TypeError as error:
+        name = getattr(make, "__name__", type(make).__name__)
+        raise ConfigError(
+            f"from_nnx: make is called as make(rngs), and {name}{signature} cannot be: "
+            f"{error}. Give lambda rngs: {name}(…, rngs=rngs)."
+        ) from None
 
 
 def _kept(left: Callable[..., Any], given: tuple[Any, Any], after: Parts) -> Any:

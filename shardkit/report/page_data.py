@@ -115,13 +115,15 @@ def _ms(record: Mapping[str, Any]) -> float | None:
 
 def _rates(run: StoredRun) -> tuple[list[Point], str]:
     """Returns what the loss weighs in a second: tokens, or where it is a mean, rows."""
-    rows = run.config.data.global_batch_size
+    rows = run.config.data.rows
     timed = [r for r in run.steps if r.get("step_s") and r.get("tokens_per_s")]
-    weights = {round(r["tokens_per_s"] * r["step_s"]) for r in timed}
-    if run.config.data.factory == "text" or (weights and min(weights) > rows):
+    is_text = run.config.data.factory == "text"
+    weights = [(r["step"], round(r["tokens_per_s"] * r["step_s"])) for r in timed]
+    if is_text or (weights and all(weight > rows(step) for step, weight in weights)):
         return [(r["step"], r.get("tokens_per_s")) for r in run.steps], "tokens"
     return [
-        (r["step"], rows / r["step_s"] if r.get("step_s") else None) for r in run.steps
+        (r["step"], rows(r["step"]) / r["step_s"] if r.get("step_s") else None)
+        for r in run.steps
     ], "examples"
 
 

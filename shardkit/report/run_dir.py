@@ -192,7 +192,8 @@ def _check_same_run(out: Path, config: RunConfig) -> None:
         )
         raise ConfigError(
             f"--resume: {out} holds the run of another config:\n{rows}\n"
-            "Ask for what is there, or choose another --out for a new run."
+            f"Ask for what is there, which is {saved_path}, or choose another --out "
+            "for a new run."
         )
 
 

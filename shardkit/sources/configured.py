@@ -7,6 +7,7 @@ of the windows or of the documents.
 from typing import Any
 
 from shardkit.errors import DataError
+from shardkit.ramp import BatchRamp
 from shardkit.sources.documents import Documents
 from shardkit.sources.examples import Examples
 from shardkit.sources.files import TextFiles
@@ -24,7 +25,7 @@ def tokens(
     path: str,
     sequence_length: int,
     validation_fraction: float | None = None,
-    global_batch_size: int,
+    global_batch_size: int | BatchRamp,
     seed: int = 0,
     split: str = "train",
     dtype: str | None = None,
@@ -36,7 +37,7 @@ def tokens(
         path: A file, a directory or a glob.
         sequence_length: Tokens per row.
         validation_fraction: The part of the windows kept for evaluation; 0.05 if None.
-        global_batch_size: Rows over all devices together.
+        global_batch_size: Rows over all devices together; or a ramp of them.
         seed: Chooses the order; validation is read in order.
         split: `"train"` or `"validation"`.
         dtype: Of `.bin` files, such as `"uint16"`.
@@ -58,7 +59,7 @@ def documents(
     path: str,
     sequence_length: int,
     validation_fraction: float | None = None,
-    global_batch_size: int,
+    global_batch_size: int | BatchRamp,
     seed: int = 0,
     split: str = "train",
     tokenizer: str | None = None,
@@ -75,7 +76,7 @@ def documents(
         sequence_length: Tokens per row.
         validation_fraction: The part of the documents kept for evaluation; 0.05 if
             None.
-        global_batch_size: Rows over all devices together.
+        global_batch_size: Rows over all devices together; or a ramp of them.
         seed: Chooses what is packed together and the order; validation is read in
             order.
         split: `"train"` or `"validation"`.
@@ -125,6 +126,8 @@ def _found(chosen: range) -> range:
     return chosen
 
 
-def _batches(source: Any, global_batch_size: int, seed: int, split: str) -> Examples:
+def _batches(
+    source: Any, global_batch_size: int | BatchRamp, seed: int, split: str
+) -> Examples:
     order = seed if split == "train" else None
     return Examples(source, global_batch_size=global_batch_size, seed=order)

@@ -17,6 +17,7 @@ import numpy as np
 
 from shardkit.data import permute
 from shardkit.errors import DataError
+from shardkit.ramp import BatchRamp, as_ramp
 from shardkit.sources.collate import stack_examples
 from shardkit.sources.mixture import Mixture
 from shardkit.sources.readers import open_reader
@@ -44,7 +45,7 @@ class Examples:
     `sk.sources` opens, or an `sk.Mixture`. If it has `__getitems__`, that is called
     with all indices of a batch at once.
 
-    Example `step * global_batch_size + row` belongs to epoch `example // len(source)`,
+    Example `rows of all steps before + row` belongs to epoch `example // len(source)`,
     so batches run over epoch borders and no example of an epoch is skipped or comes
     twice.
 
@@ -53,7 +54,7 @@ class Examples:
 
     Attributes:
         source: Where the examples come from.
-        global_batch_size: Rows over all devices together.
+        global_batch_size: Rows over all devices together; or `ramp.rows(…)`.
         seed: Chooses the orders; None keeps the order of the source.
         collate: Makes a batch of a list of examples. None stacks dicts of arrays.
 
@@ -69,15 +70,18 @@ class Examples:
 
     source: Any
     _: KW_ONLY
-    global_batch_size: int
+    global_batch_size: int | BatchRamp
     seed: int | None = 0
     collate: Callable[[list[Any]], Any] | None = None
 
     def __post_init__(self):
-        if self.global_batch_size < 1:
+        size = self.global_batch_size
+        if not hasattr(size, "__index__"):
+            as_ramp(size, "Examples: global_batch_size")
+        elif not isinstance(size, BatchRamp) and size < 1:
             raise DataError(
-                f"Examples: expected a global_batch_size of at least 1, found "
-                f"{self.global_batch_size}. Raise it."
+                f"Examples: expected a global_batch_size of at least 1, found {size}. "
+                "Raise it."
             )
         # Opened here, so that a source that is none is refused at once.
         assert self._stream is not None
@@ -97,15 +101,15 @@ class Examples:
         return getattr(self.source, "digest", None)
 
     def __call__(self, step: SupportsIndex) -> Any:
-        """Returns the batch of a step: arrays `[global_batch_size, ...]`.
+        """Returns the batch of a step: arrays `[rows, ...]`.
 
         Raises:
             DataError: If the step is negative, or its examples cannot be stacked.
         """
         if (number := operator.index(step)) < 0:
             raise DataError(f"Batches are numbered from step 0, found step {number}.")
-        size = operator.index(self.global_batch_size)
-        found = self._stream.read(range(number * size, (number + 1) * size))
+        rows = as_ramp(self.global_batch_size, "global_batch_size")
+        found = self._stream.read(range(rows.before(number), rows.before(number + 1)))
         examples = [example for _, example in found]
         if self.collate is not None:
             return self.collate(examples)

@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import xxhash
 
+from shardkit.batch import check_named
 from shardkit.errors import DataError
 
 __all__ = ["IterableBatches", "from_iterable"]
@@ -125,7 +126,9 @@ class IterableBatches:
             assert self._make is not None
             self._iterator = self._make()
         try:
-            batch = _copy(next(self._iterator))
+            batch = next(self._iterator)
+            check_named(batch, where=f"from_iterable: batch {step}")
+            batch = _copy(batch)
         except StopIteration:
             self._give_up()
             raise DataError(

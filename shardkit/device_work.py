@@ -1,0 +1,162 @@
+"""What the devices of a mesh do together: one SPMD program text for every count.
+
+Owns the functions under `shard_map` of which a placement makes programs: gather the
+parameters, run this device's microbatches, sum, update this device's pieces. Invariant:
+they are functions of the run, the mesh and the grid, and compile nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from shardkit.collectives import gather_pieces
+from shardkit.gradient import MicrobatchLoop
+from shardkit.keys import stream
+from shardkit.layout import LeafLayout, state_shards
+from shardkit.localize import Localizer
+from shardkit.mesh import BATCH_AXES
+from shardkit.microbatch import Grid
+from shardkit.model_state import Combiner
+from shardkit.recipe import Recipe, update_arguments
+from shardkit.rounding import opaque_zero
+from shardkit.shards import Shards
+from shardkit.state import TrainState
+
+__all__ = ["DeviceWork", "evaluated"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeviceWork:
+    """The work of a run on one mesh, with one grid.
+
+    Attributes:
+        recipe: What is computed.
+        layout: A `TrainState` of `LeafLayout`.
+        mesh: Where.
+        grid: Who computes which microbatch.
+        output: The structure of what the loss returns.
+        combiner: How the model's states that microbatches leave become one.
+    """
+
+    recipe: Recipe
+    layout: Any
+    mesh: Mesh
+    grid: Grid
+    output: Any
+    combiner: Combiner
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        """How leaves are cut."""
+        return state_shards(self.mesh, exact=self.recipe.exact)
+
+    @functools.cached_property
+    def specs(self) -> Any:
+        """How a state lies: a tree of `PartitionSpec`."""
+        return jax.tree.map(lambda leaf: leaf.spec, self.layout)
+
+    def first_state(self) -> Callable[[PRNGKeyArray], TrainState]:
+        """Makes the function that computes the state before step 0."""
+        return self.spmd(self._first_state, PartitionSpec(), self.specs)
+
+    def step(self) -> Callable[..., Any]:
+        """Makes that of one step: `(state, slots, root) → (state, metrics)`."""
+        whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
+        specs = (self.specs, slots, whole), (self.specs, whole)
+        return self.spmd(self._step, *specs)
+
+    def evaluation(self) -> Callable[..., Any]:
+        """Makes that of sums: `(variables, slots, root, step, index) → sums`."""
+        whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
+        variables = self.specs.params, self.specs.model_state
+        in_specs = variables, slots, whole, whole, whole
+        return self.spmd(self._evaluate, in_specs, whole)
+
+    def spmd(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """Makes a function of global arrays of one of a device's pieces."""
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def _loop(self, loss: Callable[..., Any]) -> MicrobatchLoop:
+        return MicrobatchLoop(
+            loss,
+            self.output,
+            self.mesh,
+            self.grid,
+            self.recipe.exact,
+            self.combiner,
+            self.recipe.noise_scale,
+        )
+
+    def _gather(self, variables: Any) -> Any:
+        """Makes parameters, and the model's state, whole."""
+        arrays, treedef = jax.tree.flatten(variables)
+        leaves: list[LeafLayout] = jax.tree.leaves(
+            (self.layout.params, self.layout.model_state)
+        )
+        cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
+        dims = [leaves[i].dim for i in cut]
+        sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
+        wholes = gather_pieces([arrays[i] for i in cut], dims, sizes, self.shards)
+        for i, whole in zip(cut, wholes, strict=True):
+            arrays[i] = whole
+        # What follows must see parameters, not slices of a gathered buffer.
+        return lax.optimization_barrier(treedef.unflatten(arrays))
+
+    def _first_state(self, root: PRNGKeyArray) -> TrainState:
+        state = lax.optimization_barrier(self.recipe.first_state(root))
+        return jax.tree.map(
+            lambda x, leaf: x if leaf.dim < 0 else self.shards.cut(x, leaf.dim),
+            state,
+            self.layout,
+        )
+
+    def _step(
+        self, state: TrainState, slots: Any, root: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Array]]:
+        loop = self._loop(self.recipe.loss)
+        dims = jax.tree.map(lambda leaf: leaf.dim, self.layout)
+        abstract = jax.tree.map(lambda leaf: leaf.abstract, self.layout)
+        params, model_state = self._gather((state.params, state.model_state))
+        out, model_state, grads, grad_exponent, passes = loop.gradient(
+            params,
+            model_state,
+            slots,
+            root,
+            state.step,
+            dims.params,
+            grad_exponent=state.grad_exponent,
+            loss_scale=state.loss_scale and state.loss_scale[0],
+        )
+        localizer = Localizer(self.shards, zero := opaque_zero(state.step))
+        (state, metrics), (new_dims, _) = localizer(
+            self.recipe.update,
+            (state, grads, grad_exponent, model_state),
+            update_arguments(dims, lambda _: -1),
+            update_arguments(abstract, lambda x: x),
+        )
+        state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
+        metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
+        return state, metrics | {"gradient_passes": passes}
+
+    def _evaluate(
+        self, variables: Any, slots: Any, root: PRNGKeyArray, step: Array, index: Array
+    ) -> dict[str, Array]:
+        root = jax.random.fold_in(stream(root, "evaluation"), index)
+        loss = self.recipe.eval_loss or self.recipe.loss
+        params, model_state = self._gather(variables)
+        out = self._loop(loss).evaluate(params, model_state, slots, root, step)
+        return {"loss": out.loss_sum, "weight": out.weight, **out.metrics}
+
+
+def evaluated(state: Any) -> tuple[Any, Any]:
+    """What of a state, or of a tree like one, a loss is evaluated with."""
+    params = state.params if state.ema is None else state.ema
+    return params, state.model_state
