@@ -14,8 +14,9 @@ import shardkit
 ROOT = Path(__file__).parents[1]
 
 # A module imports strictly lower tiers only, and what it imports inside a function
-# counts too: put off is still needed. Hence `optim` above the `config` it reads, and
-# `build` above "shardkit", the package itself, whose lazy names reach all below it.
+# counts too: put off is still needed. Hence `optim` above the `config` it reads,
+# `build` above "shardkit", the package itself, whose lazy names reach all below it, and
+# `command` above `build`, as it plans what configs name.
 TIERS = [
     "errors events version waits hlo background bits blocks",
     "tree arguments mesh keys membership nn model clipping places shards rounding "
@@ -50,10 +51,10 @@ TIERS = [
     "config",
     "optim report cli testing",
     "supervised",
-    "command",
-    "__main__",
     "shardkit",
     "build",
+    "command",
+    "__main__",
 ]
 TIER_OF = {name: tier for tier, names in enumerate(TIERS) for name in names.split()}
 OPTIONAL = {"ray", "tensorboardX", "matplotlib", "sklearn", "zfec"}

@@ -23,6 +23,7 @@ from shardkit.command import (
     inspect_verb,
     launch_verb,
     merge_verb,
+    plan_verb,
     remap_verb,
     report_verb,
     status_verb,
@@ -43,6 +44,7 @@ _VERBS = {
     "import": import_verb,
 }
 _COMMANDS = {
+    "plan": plan_verb,
     "launch": launch_verb,
     "status": status_verb,
     "chaos": chaos_verb,
@@ -76,9 +78,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with _listening(output, ended):
             arguments = _parser().parse_args(argv)
-            if arguments.command == "ckpt":
-                # Files are read and digests computed on the host; what a launch
-                # starts is to find its accelerators.
+            if arguments.command in ("ckpt", "plan"):
+                # Files are read, digests computed and shapes followed on the host;
+                # what a launch starts is to find its accelerators.
                 os.environ.setdefault("JAX_PLATFORMS", "cpu")
             return arguments.run(arguments, output)
     except KeyboardInterrupt:

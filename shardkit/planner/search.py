@@ -27,10 +27,10 @@ from shardkit.planner.model_facts import INNER_AXES, ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.quotas import Quotas
 
-__all__ = ["Job", "search"]
+__all__ = ["KEPT_PART", "Job", "search"]
 
 _NUM_TOLD = 5
-_KEPT_PART = 0.9
+KEPT_PART = 0.9
 """What a step may take of the memory, for want of a better limit: the runtime has its
 own, and predictions are not exact."""
 
@@ -123,7 +123,7 @@ def search(
     Raises:
         ConfigError: If no mesh fits, saying which comes closest.
     """
-    limit = memory_limit_bytes or profile.memory_bytes * _KEPT_PART
+    limit = memory_limit_bytes or profile.memory_bytes * KEPT_PART
     found = _Search(job, topology, profile, limit, extra_s)
     best = found.run(num_runners_up + 1)
     whole = None

@@ -1,0 +1,286 @@
+"""How a plan is shown: tables for people, one document for machines.
+
+Owns the words and the order. It computes nothing but ratios.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from shardkit.command.output import Output
+from shardkit.command.plan_findings import Findings
+from shardkit.config import RunConfig
+from shardkit.planner.choice import Choice, Plan
+from shardkit.planner.search import KEPT_PART
+from shardkit.report.terminal import format_bytes, format_mesh, format_time
+
+__all__ = ["document", "show"]
+
+_KINDS = {
+    "params": "its part of the parameters",
+    "optimizer": "its part of the optimizer's state",
+    "model state": "what the model carries on beside",
+    "batch": "its microbatches of a step",
+    "gathered": "all parameters, for a step",
+    "sums": "of the gradients so far",
+    "gradient": "of one microbatch",
+    "activations": "of one microbatch, estimated",
+    "adding up": "more, while sums are exchanged",
+    "other": "counters and the like",
+}
+
+
+def document(
+    found: Findings, arguments: argparse.Namespace, config: RunConfig
+) -> dict[str, Any]:
+    """Returns all of it as plain values."""
+    best, after, profile = found.plan.best, found.after, found.profile
+    report: dict[str, Any] = {
+        "config": str(arguments.config),
+        "model": {
+            "factory": config.model.factory,
+            "num_params": found.facts.num_params,
+            "notes": list(found.facts.notes),
+        },
+        "devices": found.topology.num_devices,
+        "devices_per_host": found.topology.devices_per_host,
+        "profile": {
+            "name": arguments.profile,
+            "device": profile.name,
+            "measured_by": profile.measured_by,
+            "is_measured": _is_measured(found),
+        },
+        "hbm_bytes": profile.memory_bytes,
+        "limit_bytes": found.limit_bytes,
+        "global_batch_size": found.job.global_batch_size,
+        "num_microbatches": best.num_microbatches,
+        "consistency": _sums(found),
+        "plan": _plan_document(found, found.plan),
+        "collectives": found.collectives(best),
+        "current": {
+            **_choice_document(found, found.current),
+            "fits": found.current.memory_bytes <= found.limit_bytes,
+            "consistency": found.consistency(found.current.sizes, best.sizes),
+        },
+        "after_loss": None,
+    }
+    if after is not None:
+        report["after_loss"] = {
+            "num_lost": arguments.what_if_lose,
+            "remaining_steps": config.train.steps,
+            "moving_s": after.move_s,
+            "remaining_s": after.remaining_s,
+            "consistency": found.consistency(best.sizes, after.best.sizes),
+            "plan": _plan_document(found, after.plan),
+        }
+    return report
+
+
+def _plan_document(found: Findings, plan: Plan) -> dict[str, Any]:
+    def others(pairs: Any) -> list[dict[str, Any]]:
+        return [{**_choice_document(found, x), "why": why} for x, why in pairs]
+
+    return {
+        "best": _choice_document(found, plan.best),
+        "runners_up": others(plan.runners_up),
+        "too_large": others(plan.too_large),
+        "num_idle": plan.num_idle,
+        "notes": list(plan.notes),
+        "num_predicted": plan.num_predicted,
+    }
+
+
+def _choice_document(found: Findings, choice: Choice) -> dict[str, Any]:
+    return {
+        "mesh": dict(choice.sizes),
+        "num_devices": choice.num_devices,
+        "rounds": choice.rounds,
+        "step_s": choice.step_s,
+        "time_s": dict(choice.time_s),
+        "memory_bytes": choice.memory_bytes,
+        "memory": dict(choice.memory),
+        "sent_bytes": dict(choice.sent_bytes),
+        "mfu": found.mfu(choice),
+    }
+
+
+def show(
+    found: Findings, arguments: argparse.Namespace, config: RunConfig, output: Output
+) -> None:
+    """Writes all of it as tables."""
+    best = found.plan.best
+    num, per_host = found.topology.num_devices, found.topology.devices_per_host
+    hosts = f", {per_host} to a host" if num > per_host else ""
+    output.line(f"{arguments.config} on {num} devices{hosts}", style="bold")
+    output.facts(_facts(found, arguments, config))
+    _notes(found.plan.notes, output)
+    output.line()
+    output.table(["mesh", "step", "memory", "why not"], [*_rivals(found)], right=[1, 2])
+    output.line()
+    output.table(
+        ["memory of a device", "bytes", "part", "of what"],
+        [*_shares(best.memory, format_bytes, _KINDS)],
+        right=[1, 2],
+    )
+    output.line()
+    output.table(
+        ["time of a step", "predicted", "part"],
+        [*_shares(best.time_s, _format_s, {})],
+        right=[1, 2],
+    )
+    output.line()
+    _show_collectives(found, best, output)
+    if found.after is not None:
+        output.line()
+        _show_loss(found, arguments, config, output)
+    output.line()
+    _notes(found.facts.notes, output)
+    _prose(
+        "Times are predictions: what is reached of the profile's peaks is measured by "
+        f"{found.profile.measured_by}.",
+        output,
+    )
+
+
+def _facts(
+    found: Findings, arguments: argparse.Namespace, config: RunConfig
+) -> dict[str, str]:
+    best, profile, job = found.plan.best, found.profile, found.job
+    num = best.num_microbatches
+    ramp = "" if config.data.batch_ramp is None else ", the ramp's largest"
+    mesh = format_mesh(found.current.sizes)
+    if found.current.sizes == best.sizes:
+        change = "the same mesh, nothing to change"
+    else:
+        change = _class_words(found, found.current.sizes, best.sizes)
+    facts = {
+        "model": f"{config.model.factory}, {found.facts.num_params:,} parameters",
+        "a step": f"{job.global_batch_size} rows in {num} microbatches{ramp}; sums "
+        f"{_sums(found)}",
+        "device": f"{profile.name} (--profile {arguments.profile})",
+        "memory": f"{format_bytes(profile.memory_bytes)}, of which a step may take "
+        f"{format_bytes(found.limit_bytes)}, {KEPT_PART:.0%}",
+        "best mesh": format_mesh(best.sizes),
+        "step time": f"{_format_s(best.step_s)}, MFU {found.mfu(best):.0%}, predicted",
+        "peak memory": f"{format_bytes(best.memory_bytes)} on a device",
+        "config's mesh": f"{mesh}: {change}",
+    }
+    return facts
+
+
+def _rivals(found: Findings) -> Iterator[tuple[str, str, str, str]]:
+    """The meshes that were compared, the config's among them."""
+    plan, current = found.plan, found.current
+    rows = [(plan.best, "chosen"), *plan.runners_up, *plan.too_large]
+    if all(choice.sizes != current.sizes for choice, _ in rows):
+        over = current.memory_bytes - found.limit_bytes
+        why = f"time ×{current.step_s / plan.best.step_s:.2f}"
+        why += f", and memory over by {format_bytes(over)}" if over > 0 else ""
+        rows.append((current, why))
+    for choice, why in rows:
+        own = "; the config's mesh" if choice.sizes == current.sizes else ""
+        yield _rival(choice, why + own)
+
+
+def _rival(choice: Choice, why: str) -> tuple[str, str, str, str]:
+    step, memory = _format_s(choice.step_s), format_bytes(choice.memory_bytes)
+    return format_mesh(choice.sizes), step, memory, why
+
+
+def _shares(
+    table: Mapping[str, float], spell: Any, words: Mapping[str, str]
+) -> Iterator[tuple[str, str, str, str]]:
+    total = sum(table.values())
+    for name, value in sorted(table.items(), key=lambda entry: -entry[1]):
+        if value > 0:
+            name = name.replace("over ", "exchange over ")
+            part = f"{value / total:.0%}" if value >= total / 200 else "<1%"
+            yield name, spell(value), part, words.get(name, "")
+    yield "together", spell(total), "", ""
+
+
+def _show_collectives(found: Findings, best: Choice, output: Output) -> None:
+    rows = [
+        (
+            row["axis"],
+            row["collective"],
+            format_bytes(row["buffer_bytes"]),
+            format_bytes(row["sent_bytes"]),
+            ", ".join(row["of"]),
+        )
+        for row in found.collectives(best)
+    ]
+    if not rows:
+        output.line("Nothing is exchanged in a step.")
+        return
+    header = ["axis", "collective", "buffers", "a device sends", "of what"]
+    output.table(header, rows, right=[2, 3])
+
+
+def _show_loss(
+    found: Findings, arguments: argparse.Namespace, config: RunConfig, output: Output
+) -> None:
+    after, old = found.after, found.plan.best
+    assert after is not None
+    best, lost = after.best, arguments.what_if_lose
+    output.line(
+        f"Without {lost} of these {found.topology.num_devices} devices", style="bold"
+    )
+    slower = best.step_s / old.step_s
+    num = found.topology.num_devices - lost
+    rows = {
+        "best mesh": format_mesh(best.sizes),
+        "step time": f"{_format_s(best.step_s)}, ×{slower:.2f}; MFU "
+        f"{found.mfu(best):.0%}, predicted",
+        "peak memory": f"{format_bytes(best.memory_bytes)} on a device",
+        "moving": f"{_format_s(after.move_s)} once, weighed against "
+        f"{config.train.steps:,} steps",
+        "bits": _class_words(found, old.sizes, best.sizes),
+        "idle": f"{after.plan.num_idle or 'none'} of {num} devices",
+    }
+    output.facts(rows)
+    _notes(after.plan.notes, output)
+    output.line()
+    others = [(best, "chosen"), *after.plan.runners_up, *after.plan.too_large]
+    output.table(
+        ["mesh", "step", "memory", "why not"],
+        [_rival(choice, why) for choice, why in others],
+        right=[1, 2],
+    )
+
+
+def _notes(notes: Sequence[str], output: Output) -> None:
+    for note in notes:
+        _prose(f"{note[0].upper()}{note[1:]}.", output)
+
+
+def _prose(text: str, output: Output) -> None:
+    """Writes a sentence, on a terminal without breaking words."""
+    lines = [text]
+    if output.console.is_terminal:
+        lines = textwrap.wrap(text, output.console.width - 2)
+    for line in lines:
+        output.line(f"  {line}", style="dim")
+
+
+def _class_words(
+    found: Findings, old: Mapping[str, int], new: Mapping[str, int]
+) -> str:
+    words = {"exact": "the run keeps its bits", "equivalent": "equal to rounding"}
+    found_class = found.consistency(old, new)
+    return f"{found_class}, {words[found_class]}"
+
+
+def _sums(found: Findings) -> str:
+    return "exact" if found.job.exact else "fast"
+
+
+def _is_measured(found: Findings) -> bool:
+    return not found.profile.measured_by.startswith("nobody")
+
+
+def _format_s(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    return format_time(seconds * 1e3)

@@ -1,0 +1,133 @@
+"""`shardkit plan`: which mesh to train a config on, before there are any devices.
+
+Owns the command line of it. What the planner is asked is `plan_job`'s business, what it
+answers that of `plan_findings`, how that is shown that of `plan_tables`. No device is
+used.
+"""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+
+from shardkit import config as configs
+from shardkit.command.options import number
+from shardkit.command.output import Output
+from shardkit.errors import ConfigError
+from shardkit.planner.profile import load_profile, profile_names
+
+__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
+
+HELP = "predict which mesh a config trains fastest on, from shapes alone"
+EPILOG = """\
+No accelerator is needed, and no data but those of a factory of your own.
+docs/planning.md says what is predicted, and what nobody has measured yet.
+
+  shardkit plan configs/llama_1b.toml --devices 8 --hbm 80GB
+  shardkit plan configs/llama_1b.toml --devices 8 --profile h200 --what-if-lose 1
+
+exit codes:
+  0    there is a mesh that fits
+  2    none fits, or bad input: a message says what would do
+"""
+_UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20, "TB": 1e12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Says what the verb takes."""
+    parser.add_argument("config", metavar="CONFIG.toml", type=Path)
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=number(1),
+        help="how many there are [devices of the config]",
+    )
+    parser.add_argument(
+        "--hbm",
+        metavar="SIZE",
+        type=_size,
+        help="the memory of a device, such as 80GB [the profile's]",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        default="h100",
+        help=f"what a device can do: {', '.join(profile_names())}, or a file of yours "
+        "(.toml) [h100]",
+    )
+    parser.add_argument(
+        "--devices-per-host",
+        metavar="N",
+        type=number(1),
+        help="how many share a host [the profile's]",
+    )
+    parser.add_argument(
+        "--what-if-lose",
+        metavar="K",
+        type=number(1),
+        help="also plan how to go on with K devices fewer",
+    )
+    parser.add_argument(
+        "--consistency",
+        choices=("exact", "fast"),
+        help="keep the bits, or not [train.consistency of the config]",
+    )
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Plans one config."""
+    config = configs.load(arguments.config)
+    profile = load_profile(arguments.profile)
+    num_devices = arguments.devices or config.devices
+    if num_devices is None:
+        raise ConfigError(
+            f"--devices: expected how many there are, as {arguments.config} has no "
+            "devices; give --devices N"
+        )
+    num_lost = arguments.what_if_lose or 0
+    if num_lost >= num_devices:
+        raise ConfigError(
+            f"--what-if-lose: expected fewer than the {num_devices} devices that there "
+            f"are, found {num_lost}"
+        )
+    # What follows needs JAX, and what is above is refused without waiting for that.
+    from shardkit.command.plan_findings import find
+    from shardkit.command.plan_job import find_modules, read_job
+    from shardkit.command.plan_tables import document, show
+    from shardkit.mesh import MeshSpec
+    from shardkit.planner.meshes import Topology
+
+    find_modules()
+    spec = MeshSpec(**configs.to_dict(config)["mesh"])
+    found = find(
+        read_job(config, arguments.consistency or config.train.consistency),
+        Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
+        dataclasses.replace(
+            profile, memory_bytes=arguments.hbm or profile.memory_bytes
+        ),
+        current=spec.sizes(num_devices),
+        num_lost=num_lost,
+        remaining_steps=config.train.steps,
+    )
+    if output.as_json:
+        output.document(document(found, arguments, config))
+    else:
+        show(found, arguments, config, output)
+    return 0
+
+
+def _size(text: str) -> float:
+    """Reads a size of memory.
+
+    >>> _size("80GB"), _size("1.5 GiB")
+    (80000000000.0, 1610612736.0)
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    size = float(match[1]) * units.get(match[2].lower(), 0.0) if match else 0.0
+    if not size:
+        raise argparse.ArgumentTypeError(
+            f"expected a size above 0 in {', '.join(_UNITS)}, such as 80GB, "
+            f"found {text!r}"
+        )
+    return size
