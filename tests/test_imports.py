@@ -39,7 +39,7 @@ TIERS = [
     "staging verdict device_work",
     "placement",
     "placements",
-    "elastic metrics checkpoint evaluation probe",
+    "elastic metrics checkpoint evaluation planner probe",
     "snapshot",
     "certificate rescue chaos foresight",
     "controller",

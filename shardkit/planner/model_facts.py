@@ -1,0 +1,113 @@
+"""What is known of a model before it is placed anywhere.
+
+Owns `ModelFacts`: the leaves of the state with the mesh axes that may cut them, and
+the work of one microbatch by the axes that divide it. `reading` finds them; what they
+cost on a mesh is said by `memory` and `cost`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shardkit.planner.ledger import Axes, Ledger
+
+__all__ = ["INNER_AXES", "Leaf", "ModelFacts"]
+
+INNER_AXES = ("tensor", "expert", "context")
+"""The axes that divide the work of one microbatch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of the state.
+
+    Attributes:
+        path: Where it is.
+        shape: Its shape.
+        dtype: Its dtype.
+        names: The logical axis of every dim; None if nothing was said.
+        cuts: The mesh axis that cuts every dim, or None; each axis once.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    names: tuple[str | None, ...] | None
+    cuts: tuple[str | None, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on one device that has all of it."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A model, its optimizer and the shape of a microbatch.
+
+    Attributes:
+        params: The parameters.
+        opt_state: What the optimizer keeps.
+        model_state: What the model carries on beside its parameters.
+        num_rows: The rows of the microbatch that was read.
+        microbatch_bytes: Its bytes.
+        num_outputs: How many sums a loss returns: loss, weight and metrics.
+        work: What the loss and the gradient of one microbatch take.
+        forward: What the loss alone takes.
+        residuals: Axes → bytes that the backward pass keeps, parameters and the
+            batch apart, on devices that cut them along these axes.
+        peak_bytes: What is alive at the peak of the gradient of a microbatch on one
+            device, beside parameters, the batch and the gradient itself: an estimate,
+            unless it is replaced by `compiled_peak_bytes`.
+        num_norm_leaves: How many leaves that `fsdp` cuts an update sums up wholly, as
+            norms do; a leaf counts once for each of them.
+        num_clip_leaves: How many of these sums are of squares of the gradient itself,
+            as clipping has them: shardkit's own norm has the same.
+        divisors: Axis → what its size has to divide; 1 for one without use.
+        notes: What is worth knowing: names left whole, operations not followed.
+    """
+
+    params: tuple[Leaf, ...]
+    opt_state: tuple[Leaf, ...]
+    model_state: tuple[Leaf, ...]
+    num_rows: int
+    microbatch_bytes: int
+    num_outputs: int
+    work: Ledger
+    forward: Ledger
+    residuals: Mapping[Axes, float]
+    peak_bytes: float
+    num_norm_leaves: int
+    num_clip_leaves: int
+    divisors: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_params(self) -> int:
+        """How many parameters there are."""
+        return sum(math.prod(leaf.shape) for leaf in self.params)
+
+    def with_rows(self, num_rows: int) -> "ModelFacts":
+        """The same with microbatches of another number of rows, to scale."""
+        factor = num_rows / self.num_rows
+        return dataclasses.replace(
+            self,
+            num_rows=num_rows,
+            microbatch_bytes=round(self.microbatch_bytes * factor),
+            work=self.work.scaled(factor),
+            forward=self.forward.scaled(factor),
+            residuals={axes: n * factor for axes, n in self.residuals.items()},
+            peak_bytes=self.peak_bytes * factor,
+        )
+
+    @property
+    def residual_bytes(self) -> float:
+        """What the backward pass keeps of a microbatch on a single device."""
+        return sum(self.residuals.values())
+
+    def state_bytes(self, part: str) -> int:
+        """The bytes of `"params"`, `"opt_state"` or `"model_state"`, once."""
+        return sum(leaf.num_bytes for leaf in getattr(self, part))

@@ -1,0 +1,221 @@
+"""From a model to what is known of it.
+
+Owns the reading: which mesh axes may cut which dims, and the traces that the facts are
+taken from. Invariant: everything comes from abstract shapes, so that a model that no
+machine holds can be read on a laptop.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardkit.annotations import LeafAxes, read_axes, strip
+from shardkit.errors import ConfigError
+from shardkit.logical_axes import AxisRules, mesh_axis, sharded_dims
+from shardkit.model import Model, call_loss
+from shardkit.model_state import split_variables
+from shardkit.planner.flow import follow
+from shardkit.planner.ledger import Cut, bytes_of
+from shardkit.planner.model_facts import INNER_AXES, Leaf, ModelFacts
+from shardkit.planner.traces import count_norms, kept_bytes, peak_beside
+from shardkit.state import find_place
+from shardkit.tree import named_leaves
+
+__all__ = ["read_model"]
+
+
+def read_model(
+    model: Model,
+    microbatch: Any,
+    tx: Any,
+    *,
+    axis_rules: AxisRules | None = None,
+    path_rules: Mapping[Any, Any] | None = None,
+) -> ModelFacts:
+    """Reads a model, without computing anything.
+
+    Args:
+        model: What a model factory returns.
+        microbatch: The arrays of one microbatch, abstract or not: rows first. The
+            second dim of whole numbers is the sequence, which `context` cuts.
+        tx: The optimizer, any optax transformation.
+        axis_rules: Logical axis → mesh axis; None for the model's own.
+        path_rules: As `read_axes` takes them.
+
+    Raises:
+        ConfigError: If the loss or the optimizer cannot be traced with these shapes.
+        PartitionError: If annotations do not fit.
+
+    Example:
+        >>> import optax
+        >>> import jax.numpy as jnp
+        >>> from shardkit.annotations import axes
+        >>> def init(key):
+        ...     return {"w": axes(jnp.ones((8, 4)), "embed", "mlp")}
+        >>> def loss(params, microbatch, key):
+        ...     return jnp.sum((microbatch["x"] @ params["w"]) ** 2)
+        >>> model = Model(init=init, loss=loss, axis_rules={"mlp": "tensor"})
+        >>> facts = read_model(model, {"x": jnp.ones((2, 8))}, optax.adam(1e-3))
+        >>> facts.num_params, facts.work.total_flops, facts.divisors["tensor"]
+        (32, 256, 4)
+    """
+    rules = model.axis_rules if axis_rules is None else axis_rules
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(model.init, key)
+    said = [read_axes(part, path_rules) for part in split_variables(variables)]
+    params, state = split_variables(strip(variables))
+    microbatch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)),
+        microbatch,
+    )
+    rules, notes = _divisible([*said[0], *said[1]], rules, microbatch)
+    leaves = [
+        _leaves(part, names, rules)
+        for part, names in zip((params, state), said, strict=True)
+    ]
+    args = (params, state, microbatch, key)
+    cuts = [
+        *(Cut(_inner(leaf.cuts)) for part in leaves for leaf in part),
+        *_batch_cuts(microbatch, rules),
+        Cut(()),
+    ]
+    traced = [_trace(fn, args) for fn in _functions(model)]
+    (_, forward), (_, work), (kept, _) = (follow(x.jaxpr, cuts) for x in traced)
+    residuals = kept_bytes(traced[2], kept)
+    num_norms, num_clips = count_norms(tx, params, leaves[0])
+    rows = {x.shape[0] for x in jax.tree.leaves(microbatch) if x.shape}
+    return ModelFacts(
+        params=leaves[0],
+        opt_state=_opt_leaves(tx, params, leaves[0]),
+        model_state=leaves[1],
+        num_rows=max(rows, default=1),
+        num_outputs=_num_outputs(model, args),
+        microbatch_bytes=sum(bytes_of(x) for x in jax.tree.leaves(microbatch)),
+        work=work,
+        forward=forward,
+        residuals=residuals,
+        peak_bytes=peak_beside(traced[1], leaves[0]),
+        num_norm_leaves=num_norms,
+        num_clip_leaves=num_clips,
+        divisors={axis: work.divisors.get(axis, 1) for axis in INNER_AXES},
+        notes=(*notes, *work.notes),
+    )
+
+
+def _functions(model: Model) -> list[Any]:
+    """The loss; the loss and its gradient; what the loss leaves for its gradient."""
+
+    def loss(params: Any, state: Any, microbatch: Any, key: Any) -> Any:
+        out, left = call_loss(model.loss, params, state, microbatch, key)
+        return out.loss_sum, (out, left)
+
+    def kept(params: Any, *rest: Any) -> Any:
+        return jax.tree.leaves(jax.vjp(lambda p: loss(p, *rest)[0], params)[1])
+
+    return [loss, jax.value_and_grad(loss, has_aux=True), kept]
+
+
+def _num_outputs(model: Model, args: tuple[Any, ...]) -> int:
+    out = jax.eval_shape(lambda *a: call_loss(model.loss, *a)[0], *args)
+    return len(jax.tree.leaves(out))
+
+
+def _trace(fn: Any, args: tuple[Any, ...]) -> Any:
+    try:
+        return jax.make_jaxpr(fn)(*args)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
+        )
+        raise ConfigError(
+            f"planner: the loss cannot be traced with a microbatch of {shapes}: "
+            f"{error}. Give the shapes of one microbatch, rows first."
+        ) from error
+
+
+def _divisible(
+    said: Sequence[LeafAxes], rules: AxisRules, microbatch: Any
+) -> tuple[AxisRules, list[str]]:
+    """Leaves names whole that would leave an axis no size but 1, saying so."""
+    sizes: dict[str, int] = {}
+    for leaf in said:
+        for name, size in zip(leaf.names or (), leaf.shape, strict=False):
+            if mesh_axis(name, rules) in INNER_AXES:
+                sizes[name or ""] = math.gcd(sizes.get(name or "", 0), size)
+    rules, notes = dict(rules), []
+    for axis in INNER_AXES:
+        names = [name for name in sizes if mesh_axis(name, rules) == axis]
+        while len(names) > 1 and math.gcd(*(sizes[n] for n in names)) == 1:
+            worst = max(
+                names, key=lambda n: math.gcd(*(sizes[m] for m in names if m != n))
+            )
+            names.remove(worst)
+            rules[worst] = None
+            notes.append(
+                f"{worst} = {sizes[worst]} stays whole along {axis}: nothing divides "
+                f"it and {', '.join(f'{n} = {sizes[n]}' for n in names)}"
+            )
+    return rules, notes
+
+
+def _leaves(part: Any, said: Sequence[LeafAxes], rules: AxisRules) -> tuple[Leaf, ...]:
+    dims = sharded_dims(
+        [x.path for x in said], [x.shape for x in said], [x.names for x in said], rules
+    )
+    found = []
+    for array, names, dim in zip(jax.tree.leaves(part), said, dims, strict=True):
+        cuts: list[str | None] = [None] * len(names.shape)
+        for place, name in enumerate(names.names or ()):
+            axis = mesh_axis(name, rules)
+            if axis in INNER_AXES and axis not in cuts:
+                cuts[place] = axis
+        if dim >= 0:
+            cuts[dim] = "fsdp"
+        found.append(
+            Leaf(names.path, names.shape, array.dtype, names.names, tuple(cuts))
+        )
+    return tuple(found)
+
+
+def _inner(cuts: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The cuts that are seen by a microbatch, for which parameters are gathered."""
+    return tuple(axis if axis in INNER_AXES else None for axis in cuts)
+
+
+def _batch_cuts(microbatch: Any, rules: AxisRules) -> list[Cut]:
+    """Rows by `expert` where there are experts, and sequences by `context`."""
+    has_experts = "expert" in rules.values()
+    found = []
+    for x in jax.tree.leaves(microbatch):
+        dims: list[str | None] = [None] * len(x.shape)
+        if has_experts and x.shape and x.shape[0] > 1:
+            dims[0] = "expert"
+        if len(x.shape) == 2 and np.issubdtype(x.dtype, np.integer):
+            dims[1] = "context"
+        found.append(Cut(tuple(dims)))
+    return found
+
+
+def _opt_leaves(tx: Any, params: Any, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
+    """What the optimizer keeps: moments are cut as their parameters are."""
+    try:
+        state = jax.eval_shape(tx.init, params)
+    except Exception as error:
+        raise ConfigError(
+            f"planner: the optimizer's state cannot be traced: {error}"
+        ) from error
+    # By the paths of the optimizer's own tree, whose nodes may add names to them.
+    known = {
+        (path, leaf.shape): leaf
+        for (path, _), leaf in zip(named_leaves(params), leaves, strict=True)
+    }
+    found = []
+    for path, x in named_leaves(state):
+        like = find_place(path, x.shape, known)
+        names = like.names if like else None
+        cuts = like.cuts if like else (None,) * len(x.shape)
+        found.append(Leaf(path, tuple(x.shape), x.dtype, names, cuts))
+    return tuple(found)
