@@ -26,8 +26,8 @@ SPECS = {
 }
 # What these have, others have too; the soaks have them all.
 LONG = {
-    *("digits-clip-adamw-static-scale", "digits-lamb", "digits-lion-13"),
-    *("digits-sgd-bfloat16", "gpt-lion-bfloat16"),
+    *("digits-adamw-ema", "digits-clip-adamw-static-scale", "digits-lamb"),
+    *("digits-lion-13", "digits-sgd-bfloat16", "gpt-lion-bfloat16"),
 }
 QUICK = [
     pytest.param(name, marks=pytest.mark.slow) if name in LONG else name

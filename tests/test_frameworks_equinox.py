@@ -64,6 +64,7 @@ def plain_loss(module, microbatch, key):
     return ((jax.vmap(module)(x) - microbatch["y"]) ** 2).mean()
 
 
+@pytest.mark.slow
 def test_any_devices_leave_the_same_bits_and_the_state_is_carried_on():
     single, state = frameworks.run(build(), {0: 1})
     assert frameworks.run(build(), frameworks.CHANGES)[0] == single

@@ -35,6 +35,7 @@ def build(transformed=net, loss=loss, **options):
     return sk.from_haiku(transformed, (INPUT, True), loss, **given | options)
 
 
+@pytest.mark.slow
 def test_any_devices_leave_the_same_bits_and_the_state_is_carried_on():
     rules = {"path_rules": {"linear/w": ("embed", "mlp")}}
     model = build(axis_rules={"mlp": "fsdp"})

@@ -173,6 +173,7 @@ def test_the_next_process_loads_all_and_computes_the_same(tmp_path):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_every_process_of_a_job_loads_its_own(tmp_path):
     found = []
     for _ in range(2):

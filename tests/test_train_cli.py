@@ -178,6 +178,7 @@ def test_resuming_a_finished_run_changes_nothing(train, plain):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_prolonged(train, plain, resized):
     out, _ = resized
     rule = ["--axis_rules.mpl", "tensor"]
@@ -224,6 +225,7 @@ def test_preempted_killed_and_resumed_a_run_is_what_it_would_have_been(train, pl
     assert [at["step"] for at in train.traced(out, "reconfigure")] == [10]
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_the_checkpoint_of_another(train, plain):
     """The same parameters and moments, under another learning rate."""
     end = str(STEPS + 2)
