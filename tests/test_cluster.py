@@ -1,5 +1,6 @@
 """Real processes that are killed, frozen and lost, and the run that goes on."""
 
+import contextlib
 import os
 import signal
 import time
@@ -87,9 +88,12 @@ def test_two_workers_killed_at_once(launch):
     cluster = launch(steps=60)
     cluster.wait_step(5)
     cluster.wait_standbys()
-    # Found beforehand: all are ended within milliseconds of the first.
-    for pid in [cluster.seats(1)[process]["pid"] for process in (0, 3)]:
-        os.kill(pid, signal.SIGKILL)
+    # Found beforehand: all are ended within milliseconds of the first, which on a busy
+    # machine can come before the second.
+    first, second = [cluster.seats(1)[process]["pid"] for process in (0, 3)]
+    os.kill(first, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(second, signal.SIGKILL)
     assert "was killed by SIGKILL" in last_recovery(cluster)["cause"]
     assert len(cluster.seats(2)) == 4
     assert len(cluster.status()["recoveries"]) == 1
