@@ -52,9 +52,11 @@ def not_broadcast(divisor: Array, numerator: Array, zero: Array) -> Array:
         return divisor
     shape = jnp.broadcast_shapes(jnp.shape(divisor), jnp.shape(numerator))
     bits = lax.bitcast_convert_type(jnp.broadcast_to(divisor, shape), integer)
-    # Not from the numerator, which may be the same everywhere too.
-    place = lax.iota(jnp.int32, math.prod(shape)).reshape(shape)
-    bits = bits ^ (place & zero).astype(integer)
+    # The numerator may be the same everywhere too, so the place is in it as well; the
+    # place alone does not keep the compiler from it.
+    other = lax.bitcast_convert_type(jnp.broadcast_to(numerator, shape), integer)
+    place = lax.iota(jnp.int32, math.prod(shape)).reshape(shape).astype(integer)
+    bits = bits ^ ((other ^ place) & zero.astype(integer))
     return lax.bitcast_convert_type(bits, divisor.dtype)
 
 

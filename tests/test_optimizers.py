@@ -219,6 +219,11 @@ def test_updates_have_the_same_bits_on_every_mesh(mesh, monkeypatch):
     check_bits(names, [mesh], leaves=leaves)
 
 
+def test_divisors_are_hidden_from_the_compiler():
+    # Hidden behind the place alone, these had other bits in eight pieces.
+    check_bits(["adadelta", "centralize"], [(1, 8)], num_steps=2, seed=1)
+
+
 def test_what_is_compared_has_every_operation_that_any_update_has():
     covered = set().union(
         *(told(name).operations for _, names in COVER.values() for name in names)
