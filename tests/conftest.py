@@ -1,6 +1,8 @@
 """Eight emulated devices and a fixed thread pool for every test process."""
 
+import functools
 import io
+import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -61,6 +63,24 @@ def make(compile_cache):
     yield make
     for trainer in made:
         trainer.close()
+
+
+@pytest.fixture
+def verb(capsys):
+    """Runs a verb of `shardkit` in this process and returns what it printed."""
+    from shardkit.command.main import main
+
+    def run(name, *args, code=0):
+        found = main([name, *map(str, args)])
+        out, errors = capsys.readouterr()
+        assert found == code, (out, errors)
+        assert "Traceback" not in errors
+        if code == 2:
+            assert not out
+            return errors
+        return json.loads(out) if "--json" in args else out
+
+    return lambda name: functools.partial(run, name)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardkit.command.main import main
 from shardkit.command.plan_job import abstract_microbatch, find_modules, read_job
 from shardkit.config import from_dict
 from shardkit.mesh import MESH_AXES
@@ -35,20 +34,8 @@ steps = 10
 
 
 @pytest.fixture
-def plan(capsys):
-    """Runs the verb in this process and returns what it printed."""
-
-    def run(*args, code=0):
-        found = main(["plan", *map(str, args)])
-        out, errors = capsys.readouterr()
-        assert found == code, (out, errors)
-        assert "Traceback" not in errors
-        if code == 2:
-            assert not out
-            return errors
-        return json.loads(out) if "--json" in args else out
-
-    return run
+def plan(verb):
+    return verb("plan")
 
 
 @pytest.fixture

@@ -13,20 +13,8 @@ from shardkit.report.stored_run import StoredRun
 
 
 @pytest.fixture
-def report(capsys):
-    """Runs the verb in this process and returns what it printed."""
-
-    def run(*args, code=0):
-        found = main(["report", *map(str, args)])
-        out, errors = capsys.readouterr()
-        assert found == code, (out, errors)
-        assert "Traceback" not in errors
-        if code == 2:
-            assert not out
-            return errors
-        return json.loads(out) if "--json" in args else out
-
-    return run
+def report(verb):
+    return verb("report")
 
 
 @pytest.fixture
