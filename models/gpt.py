@@ -1,7 +1,9 @@
 """A decoder-only transformer in Flax NNX, GPT-2 and Llama being two of its settings.
 
 Owns the architecture; its options are in `gpt_config.py`. Every parameter carries
-logical axes as NNX metadata; nothing here knows of meshes or devices. Invariants: the
+logical axes as NNX metadata. Where a group of devices computes a microbatch together,
+`share_stream` and `whole_context` ask how it shares activations; nothing else here knows
+of meshes or devices. Invariants: the
 function computed depends neither on `scan_layers` nor on `remat`, no gradient contains
 a scatter, and a dropout mask depends on the key and on the place in the network alone.
 Dropout acts on the embeddings and on what each sublayer adds, not on attention weights.
@@ -42,6 +44,7 @@ __all__ = [
     "fold_in",
     "normal",
     "score",
+    "share_stream",
 ]
 
 AXIS_RULES: dict[str, str | None] = {
@@ -72,6 +75,26 @@ def _constant(config: GPTConfig, dims: Dims, value: float) -> nnx.Param:
 def fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None:
     """Derives the key of a place in the network; of no key, none."""
     return None if key is None else jax.random.fold_in(key, index)
+
+
+def share_stream(config: GPTConfig, x_BTD: FloatBTD) -> FloatBTD:
+    """Asks for rows to be cut by `expert`, and positions by `context`.
+
+    With `sequence_parallel` also `tensor` cuts positions, so that norms and dropout are
+    shared too: an all-reduce after a sublayer becomes a reduce-scatter after it and an
+    all-gather before the next one (Korthikanti et al., 2022).
+    """
+    positions = ("context", "tensor") if config.sequence_parallel else "context"
+    return sk.constrain(x_BTD, "expert", positions, None)
+
+
+def whole_context(x_BTGK: Float[Array, "B T G K"]) -> Float[Array, "B T G K"]:
+    """Asks for keys or values of all positions, to be looked at by those of a device.
+
+    As each device then has as much attention to compute, whatever its positions, what a
+    causal mask leaves out is balanced.
+    """
+    return sk.constrain(x_BTGK, "expert", None, ..., ...)
 
 
 class Linear(nnx.Module):
@@ -147,6 +170,7 @@ class Attention(nnx.Module):
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.theta is not None:
             q_BTHK, k_BTGK = _rotate(q_BTHK, self.theta), _rotate(k_BTGK, self.theta)
+        k_BTGK, v_BTGK = whole_context(k_BTGK), whole_context(v_BTGK)
         y_BTHK = jax.nn.dot_product_attention(
             q_BTHK,
             k_BTGK,
@@ -180,7 +204,7 @@ class Block(nnx.Module):
     """One layer: what attention and MLP say is added to the residual stream."""
 
     def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
-        self.dropout = config.dropout
+        self.config = config
         self.attention_norm = Norm(config)
         self.attention = Attention(config, rngs)
         self.mlp_norm = Norm(config)
@@ -190,9 +214,15 @@ class Block(nnx.Module):
         self, x_BTD: FloatBTD, key: PRNGKeyArray | None, may_see_B1TT: Mask
     ) -> FloatBTD:
         y_BTD = self.attention(self.attention_norm(x_BTD), may_see_B1TT)
-        x_BTD = x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 0), self.dropout)
+        x_BTD = self._add(x_BTD, y_BTD, fold_in(key, 0))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 1), self.dropout)
+        return self._add(x_BTD, y_BTD, fold_in(key, 1))
+
+    def _add(
+        self, x_BTD: FloatBTD, y_BTD: FloatBTD, key: PRNGKeyArray | None
+    ) -> FloatBTD:
+        y_BTD = share_stream(self.config, y_BTD)
+        return x_BTD + sk.nn.dropout(y_BTD, key, self.config.dropout)
 
 
 class GPT(nnx.Module):
@@ -251,7 +281,7 @@ class GPT(nnx.Module):
             )
         dtype = jnp.dtype(self.config.compute_dtype)
         table_VD = self.embedding[...].astype(dtype)
-        x_BTD = sk.nn.embed(table_VD, tokens_BT)
+        x_BTD = share_stream(self.config, sk.nn.embed(table_VD, tokens_BT))
         if self.position_embedding is not None and positions_BT is None:
             x_BTD = x_BTD + self.position_embedding[None, :length].astype(dtype)
         elif self.position_embedding is not None:

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from shardkit.shards import Shards
 
-__all__ = ["gather_pieces", "sum_to_pieces"]
+__all__ = ["gather_pieces", "psum", "sum_to_pieces"]
 
 # Packing costs a copy, so that a bucket is also the most memory it adds.
 _BUCKET_BYTES = 32 << 20
@@ -44,7 +44,7 @@ def gather_pieces(
 
 
 def sum_to_pieces(
-    wholes: Sequence[Array], dims: Sequence[int], shards: Shards, data_axis: str
+    wholes: Sequence[Array], dims: Sequence[int], shards: Shards, axes: Sequence[str]
 ) -> list[Array]:
     """Adds many leaves over all devices; each device keeps its own pieces.
 
@@ -52,15 +52,18 @@ def sum_to_pieces(
         wholes: What this device adds.
         dims: The dim along which each sum is wanted cut, -1 for whole.
         shards: How they are cut.
-        data_axis: The mesh axis over which pieces are replicated.
+        axes: The mesh axes over which is added: that of `shards`, if it has one, and
+            those over which pieces are replicated.
     """
+    axes = tuple(axes)
+    others = tuple(axis for axis in axes if axis != shards.axis)
     cut = [i for i, dim in enumerate(dims) if dim >= 0]
     whole = [i for i, dim in enumerate(dims) if dim < 0]
-    assert shards.axis is not None
-    axis, both = shards.axis, (data_axis, shards.axis)
 
     def scatter(flat: Array) -> Array:
-        return lax.psum(lax.psum_scatter(flat, axis), data_axis)
+        if shards.axis is None:
+            return psum(flat[0], others)
+        return psum(lax.psum_scatter(flat, shards.axis), others)
 
     pieces = [shards.split(wholes[i], dims[i]) for i in cut]
     summed = dict(
@@ -72,10 +75,16 @@ def sum_to_pieces(
     )
     rest = [wholes[i] for i in whole]
     everywhere = _in_buckets(
-        rest, [x.shape for x in rest], lambda flat: lax.psum(flat, both)
+        rest, [x.shape for x in rest], lambda flat: psum(flat, axes)
     )
     summed.update(zip(whole, everywhere, strict=True))
     return [summed[i] for i in range(len(dims))]
+
+
+def psum(x: Array, axes: tuple[str, ...]) -> Array:
+    """Sums over the devices along some axes; of none there is one device."""
+    # One axis by its name, as two ways to say the same are two programs.
+    return lax.psum(x, axes[0] if len(axes) == 1 else axes) if axes else x
 
 
 def _in_buckets(

@@ -7,15 +7,15 @@ run inside `shard_map` over a mesh with the batch axes; it updates nothing.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from shardkit.collectives import sum_to_pieces
+from shardkit.collectives import psum, sum_to_pieces
 from shardkit.exact_sum import (
     Accumulator,
     exact_sum,
@@ -25,7 +25,8 @@ from shardkit.exact_sum import (
 )
 from shardkit.keys import step_key
 from shardkit.layout import state_shards
-from shardkit.mesh import BATCH_AXES
+from shardkit.groups import each_of_group
+from shardkit.mesh import BATCH_AXES, exchange_axes
 from shardkit.microbatch import Grid
 from shardkit.model import LossOutput, call_loss
 from shardkit.model_state import Combiner
@@ -55,6 +56,8 @@ class MicrobatchLoop:
         grid: How they share it.
         exact: Whether sums keep their bits on every mesh.
         combiner: How the model's states that microbatches leave become one.
+        specs: For each parameter how it, and its gradient, is cut within a group of
+            devices; empty if a microbatch is one device's.
         noise: Whether the squares of microbatch gradients are summed too.
     """
 
@@ -65,6 +68,7 @@ class MicrobatchLoop:
     exact: bool = True
     combiner: Combiner = dataclasses.field(default_factory=Combiner)
     noise: bool = False
+    specs: tuple[PartitionSpec, ...] = ()
 
     def evaluate(
         self, params: Any, model_state: Any, slots: Any, root: Array, step: Array
@@ -125,7 +129,7 @@ class MicrobatchLoop:
                 return found[0].loss_sum * scale, found
 
             grads, (out, left) = jax.grad(scaled, has_aux=True)(params)
-            found = out, jax.tree.leaves(left), jax.tree.leaves(grads)
+            found = out, jax.tree.leaves(left), self._pin(jax.tree.leaves(grads))
             if self.exact:
                 # Fused with what sums it, a gradient's bits could follow that sum's
                 # shape.
@@ -200,17 +204,20 @@ class MicrobatchLoop:
                     for n, (sums, grad) in enumerate(zip(limbs, grads, strict=True))
                 ]
                 peaks = jnp.maximum(peaks, jnp.stack([peak_bits(g) for g in grads]))
+                limbs = [*zip(*map(self._pin, zip(*limbs, strict=True)), strict=True)]
                 return limbs, peaks, kept
 
             limbs, peaks, kept = lax.fori_loop(0, count, body, empty)
-            return (limbs, lax.pmax(peaks, BATCH_AXES), kept), exponents, passes + 1
+            if axes := exchange_axes(self.mesh):
+                peaks = lax.pmax(peaks, axes)
+            return (limbs, peaks, kept), exponents, passes + 1
 
         (limbs, peaks, kept), exponents, passes = lax.while_loop(
             outgrown, one_pass, (empty, exponents, jnp.int32(0))
         )
         num = len(leaves)
         limbs = [pair[0] for pair in limbs] + [pair[1] for pair in limbs]
-        limbs = self._add_over_devices(limbs, dims * 2)
+        limbs = self._add_over_devices(limbs, dims * 2, self.specs * 2)
         sums = [
             jnp.where(
                 is_summable(peaks[n]),
@@ -234,11 +241,11 @@ class MicrobatchLoop:
             sums, kept = carry
             kept, grads = value_and_grad(i, kept)
             sums = [s + g for s, g in zip(sums, grads, strict=True)]
-            return sums, kept
+            return self._pin(sums), kept
 
         empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
         sums, kept = lax.fori_loop(0, count, body, (empty, kept))
-        return kept, self._add_over_devices(sums, dims)
+        return kept, self._add_over_devices(sums, dims, self.specs)
 
     def _bounds(self) -> tuple[Array, Array]:
         """This device's first microbatch, and how many it computes."""
@@ -250,8 +257,24 @@ class MicrobatchLoop:
             (jnp.asarray(starts)[index], jnp.asarray(counts)[index])
         )
 
-    def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
-        return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")
+    def _pin(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        """Keeps gradients, or sums of them, cut as the parameters are."""
+        if not self.specs:
+            return arrays
+        return [*map(lax.with_sharding_constraint, arrays, self.specs)]
+
+    def _add_over_devices(
+        self,
+        arrays: list[Array],
+        dims: list[int],
+        specs: tuple[PartitionSpec, ...] = (),
+    ) -> list[Array]:
+        shards, axes = state_shards(self.mesh), exchange_axes(self.mesh)
+
+        def add(arrays: list[Array]) -> list[Array]:
+            return sum_to_pieces(arrays, dims, shards, axes)
+
+        return each_of_group(add, list(specs))(arrays) if specs else add(arrays)
 
     def _add_whole(self, arrays: list[Array]) -> list[Array]:
         return self._add_over_devices(arrays, [-1] * len(arrays))
@@ -264,7 +287,8 @@ class MicrobatchLoop:
         """Adds the results of all microbatches, each known to one device."""
         # As integers, since adding 0.0 would turn -0.0 into 0.0.
         bits = lax.bitcast_convert_type(rows, jnp.int32)
-        rows = lax.bitcast_convert_type(lax.psum(bits, BATCH_AXES), jnp.float32)
+        bits = psum(bits, exchange_axes(self.mesh))
+        rows = lax.bitcast_convert_type(bits, jnp.float32)
         sums = exact_sum(rows, [1]) if self.exact else jnp.sum(rows, axis=1)
         return self.output.unflatten(list(sums))
 

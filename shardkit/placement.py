@@ -25,7 +25,7 @@ from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
 from shardkit.keys import root_key
 from shardkit.layout import LeafLayout
-from shardkit.mesh import MESH_AXES
+from shardkit.mesh import MESH_AXES, group_size
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
 from shardkit.program import Program, in_this_context
@@ -81,8 +81,10 @@ class Placement:
         self._waiter = waiter
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         output, _, combiner = outputs
-        speed_of = tuple(speeds.get(d.id, 1.0) for d in mesh.devices.flat)
-        grid = Grid(recipe.num_eval_microbatches, mesh.size, speed_of)
+        # A group is as fast as the slowest of its devices.
+        groups = mesh.devices.reshape(-1, group_size(mesh))
+        speed_of = tuple(min(speeds.get(d.id, 1.0) for d in x) for x in groups)
+        grid = Grid(recipe.num_eval_microbatches, len(groups), speed_of)
         self._make = functools.partial(Program, exact=recipe.exact, events=events)
         self._batch, self._eval_slots = batch, Slots(mesh, grid)
         self._work = work = DeviceWork(recipe, layout, mesh, grid, output, combiner)
@@ -92,7 +94,7 @@ class Placement:
         }
         self.staging = Staging(layout, mesh)
         if stages:
-            copies = work.spmd(self.staging.copy, (work.specs,), self.staging.spec)
+            copies = work.copies(self.staging.copy, self.staging.spec)
             self.programs["stage"] = self._make(copies, name="stage", exact=False)
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, PartitionSpec()))
         self._stage: Any = None
@@ -302,7 +304,7 @@ class Placement:
         A state has few shapes. What a step returns can name its sharding otherwise,
         where an axis has one device, and would not be found again.
         """
-        key = f"digest {leaf.shape} {leaf.dim}"
+        key = f"digest {leaf.shape} {leaf.dim} {leaf.group}"
         if key not in self.programs:
             whole = NamedSharding(self.mesh, PartitionSpec())
 

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from shardkit.errors import MembershipError, MeshError
+from shardkit.errors import MembershipError
 from shardkit.events import EventLog
-from shardkit.mesh import BATCH_AXES, MeshSpec, device_ids
+from shardkit.mesh import MeshSpec, device_ids
 from shardkit.mesh_order import MeshOrder
 from shardkit.placement import Placement
 from shardkit.program import in_this_context
@@ -90,13 +90,7 @@ class Placements:
         stages: bool = False,
     ) -> None:
         # A mesh that fits on no devices should fail before anything runs.
-        sizes = spec.sizes(len(pool))
-        unused = {axis: n for axis, n in sizes.items() if axis not in BATCH_AXES}
-        if any(n > 1 for n in unused.values()):
-            raise MeshError(
-                f"{spec}: a trainer uses {' and '.join(BATCH_AXES)} only, so the other "
-                f"axes must be 1, found {unused}"
-            )
+        spec.sizes(len(pool))
         self.recipe, self.pool = recipe, list(pool)
         self.present: Placement | None = None
         self._layout, self._spec = layout, spec

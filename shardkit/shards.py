@@ -20,14 +20,16 @@ class Shards:
     """How the leaves of a state are cut: into `count` pieces along one mesh axis.
 
     Attributes:
-        axis: The mesh axis, or None outside `shard_map`, where nothing is cut.
+        axis: The mesh axis; None where nothing is cut, as outside `shard_map`.
         count: The size of that axis.
         exact: False lets float sums be taken as they come.
+        merges: Whether dims may become one; not where the compiler cuts some of them.
     """
 
     axis: str | None = None
     count: int = 1
     exact: bool = True
+    merges: bool = True
 
     def piece(self, size: int) -> int:
         """Returns the physical size of one piece of a dim of `size`."""

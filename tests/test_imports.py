@@ -21,7 +21,7 @@ TIERS = [
     "errors events version waits hlo background bits blocks",
     "tree arguments mesh keys membership nn model clipping places shards rounding "
     "jaxprs corpus ramp prefetch standby program_cache program_report",
-    "annotations batch schedules",
+    "annotations batch groups schedules",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap noise sampling",
     "digest state program model_state put senders sources matrices operations regions "

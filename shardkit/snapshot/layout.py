@@ -37,13 +37,15 @@ class SnapshotLeaf:
         path: Where it is in the state.
         shape: Its logical shape, without padding.
         dtype: The name of its dtype.
-        dim: The dim that is cut; -1 for none.
+        dim: The dim that `fsdp` cuts; -1 for none.
+        group: Which dims the axes of a group cut: `(axis, dim)`.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     dim: int = -1
+    group: tuple[tuple[str, int], ...] = ()
 
     @property
     def itemsize(self) -> int:
@@ -309,12 +311,16 @@ def _lies_in(piece: Piece, leaves: Sequence[SnapshotLeaf]) -> bool:
 
 
 def _leaf(found: list[Any]) -> SnapshotLeaf:
-    path, shape, dtype, dim = found
-    leaf = SnapshotLeaf(_exact(path, str), _wholes(shape), _exact(dtype, str), dim)
+    path, shape, dtype, dim, group = found
+    group = tuple((_exact(axis, str), cut) for axis, cut in _exact(group, list))
+    kind = _exact(path, str), _wholes(shape), _exact(dtype, str)
+    leaf = SnapshotLeaf(*kind, dim, group)
     leaf.itemsize  # noqa: B018  # Raises for a name that is none.
-    is_dim = type(dim) is int and -1 <= dim < max(len(leaf.shape), 1)
-    if not is_dim or len(leaf.shape) > _MAX_DIMS:
-        raise ValueError(f"leaf {path!r:.80}: dim {dim!r:.20}")
+    num_dims = max(len(leaf.shape), 1)
+    dims = [dim, *(cut for _, cut in group)]
+    are_dims = all(type(x) is int and -1 <= x < num_dims for x in dims)
+    if not are_dims or len(leaf.shape) > _MAX_DIMS:
+        raise ValueError(f"leaf {path!r:.80}: dims {dims!r:.60}")
     if math.prod(size for size in leaf.shape if size) > _MAX_SIZE:
         raise ValueError(f"leaf {path!r:.80}: too large")
     return leaf
