@@ -8,7 +8,7 @@ run inside `shard_map` over a mesh with the batch axes; it updates nothing.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from shardkit.exact_sum import (
 from shardkit.keys import step_key
 from shardkit.layout import state_shards
 from shardkit.groups import each_of_group
-from shardkit.mesh import BATCH_AXES, exchange_axes
+from shardkit.mesh import BATCH_AXES, exchange_axes, group_size
 from shardkit.microbatch import Grid
 from shardkit.model import LossOutput, call_loss
 from shardkit.model_state import Combiner
@@ -36,6 +36,8 @@ from shardkit.rounding import opaque_zero, unfused
 __all__ = ["MicrobatchLoop"]
 
 LOSS_STREAM = "loss"
+
+T = TypeVar("T")
 
 Kept = tuple[Array, list[Array]]
 """What microbatches return beside gradients: rows of sums, and the model's states."""
@@ -74,14 +76,14 @@ class MicrobatchLoop:
         self, params: Any, model_state: Any, slots: Any, root: Array, step: Array
     ) -> LossOutput:
         """Sums loss, weight and metrics over the global batch."""
-        start, count = self._bounds()
+        start, count, own = self._bounds()
 
         def call(i: Array) -> LossOutput:
             key = step_key(root, LOSS_STREAM, step, start + i)
             return call_loss(self.loss, params, model_state, _at(slots, i), key)[0]
 
         def body(i: Array, rows: Array) -> Array:
-            return _put(rows, call(i), start + i)
+            return self._if(i < own, _put(rows, call(i), start + i), rows)
 
         # What is measured may follow from which leaves a batch has.
         output = jax.tree.structure(jax.eval_shape(call, start))
@@ -117,7 +119,7 @@ class MicrobatchLoop:
             pieces; the grids for the next step; and how many passes over the
             microbatches it took: two if a gradient outgrew its grid.
         """
-        start, _ = self._bounds()
+        start, _, own = self._bounds()
         scale = jnp.float32(1) if loss_scale is None else loss_scale
         before, state_tree = jax.tree.flatten(model_state)
 
@@ -139,7 +141,9 @@ class MicrobatchLoop:
                 out = with_squares(out, grads, scale)
             rows, states = kept
             states = self.combiner.put(states, before, left, start + i)
-            return (_put(rows, out, start + i), states), grads
+            found = (_put(rows, out, start + i), states), grads
+            nothing = kept, [*map(jnp.zeros_like, grads)]
+            return self._if(i < own, found, nothing)
 
         leaves, treedef = jax.tree.flatten(params)
         empty = self._empty_rows(), self.combiner.empty(before)
@@ -179,7 +183,7 @@ class MicrobatchLoop:
         kept: Kept,
     ) -> tuple[Kept, list[Array], Array, Array]:
         """Sums on integer grids, again on wider ones if a gradient outgrew its own."""
-        _, count = self._bounds()
+        _, count, _ = self._bounds()
         accumulator = Accumulator(self.grid.num_microbatches)
         empty = (
             [accumulator.zeros(leaf.shape) for leaf in leaves],
@@ -235,7 +239,7 @@ class MicrobatchLoop:
         dims: list[int],
         kept: Kept,
     ) -> tuple[Kept, list[Array]]:
-        _, count = self._bounds()
+        _, count, _ = self._bounds()
 
         def body(i: Array, carry: Any) -> Any:
             sums, kept = carry
@@ -247,15 +251,29 @@ class MicrobatchLoop:
         sums, kept = lax.fori_loop(0, count, body, (empty, kept))
         return kept, self._add_over_devices(sums, dims, self.specs)
 
-    def _bounds(self) -> tuple[Array, Array]:
-        """This device's first microbatch, and how many it computes."""
+    @property
+    def _is_grouped(self) -> bool:
+        return group_size(self.mesh) > 1
+
+    def _bounds(self) -> tuple[Array, Array, Array]:
+        """This device's first microbatch, passes of its loop, and those that count.
+
+        Groups of devices all make as many passes, as what a compiler lets a group
+        exchange may wait for all devices. It takes no longer than the busiest group.
+        """
         index = lax.axis_index(BATCH_AXES)
         starts, counts = self.grid.starts, self.grid.counts
+        own = jnp.asarray(counts)[index]
+        passes = jnp.int32(counts.max()) if self._is_grouped else own
         # Where all compute as many the compiler would know how many, and a loop that it
         # unrolls is fused otherwise.
-        return lax.optimization_barrier(
-            (jnp.asarray(starts)[index], jnp.asarray(counts)[index])
-        )
+        return lax.optimization_barrier((jnp.asarray(starts)[index], passes, own))
+
+    def _if(self, counts: Array, found: T, nothing: T) -> T:
+        """Takes what a pass found if it counts; all do where groups are devices."""
+        if not self._is_grouped:
+            return found
+        return jax.tree.map(lambda a, b: jnp.where(counts, a, b), found, nothing)
 
     def _pin(self, arrays: Sequence[Array]) -> Sequence[Array]:
         """Keeps gradients, or sums of them, cut as the parameters are."""

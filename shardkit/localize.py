@@ -310,7 +310,7 @@ class Localizer:
 
     def _sum(self, x: Array, dims: Sequence[int]) -> Array:
         """Sums a whole array, or the pieces of one along other dims."""
-        exact, merges = self.shards.exact, self.shards.merges
+        exact, merges = self.shards.exact, not self.shards.grouped
         total = exact_sum(x, dims, merges=merges) if exact else jnp.sum(x, dims)
         return total.astype(x.dtype)
 
@@ -333,7 +333,7 @@ class Localizer:
             addends = [(array, dims) for _, _, array, dims in batch]
             if shards.exact:
                 over = {"pmax": shards.pmax, "psum": shards.psum} if across else {}
-                totals = exact_sums(addends, merges=shards.merges, **over)
+                totals = exact_sums(addends, merges=not shards.grouped, **over)
             else:
                 totals = [jnp.sum(a, axis=tuple(dims)) for a, dims in addends]
                 totals = [shards.psum(t) for t in totals] if across else totals

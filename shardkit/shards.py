@@ -23,13 +23,15 @@ class Shards:
         axis: The mesh axis; None where nothing is cut, as outside `shard_map`.
         count: The size of that axis.
         exact: False lets float sums be taken as they come.
-        merges: Whether dims may become one; not where the compiler cuts some of them.
+        grouped: Whether a group of devices holds each piece, of which the compiler cuts
+            some dims. These must not be merged with others, and all groups must do the
+            same: what the compiler lets devices exchange may need all of them.
     """
 
     axis: str | None = None
     count: int = 1
     exact: bool = True
-    merges: bool = True
+    grouped: bool = False
 
     def piece(self, size: int) -> int:
         """Returns the physical size of one piece of a dim of `size`."""
