@@ -80,9 +80,8 @@ def fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None
 def share_stream(config: GPTConfig, x_BTD: FloatBTD) -> FloatBTD:
     """Asks for rows to be cut by `expert`, and positions by `context`.
 
-    With `sequence_parallel` also `tensor` cuts positions, so that norms and dropout are
-    shared too: an all-reduce after a sublayer becomes a reduce-scatter after it and an
-    all-gather before the next one (Korthikanti et al., 2022).
+    With `sequence_parallel` also `tensor` cuts positions, and norms and dropout are
+    shared too (Korthikanti et al., Reducing Activation Recomputation, 2022).
     """
     positions = ("context", "tensor") if config.sequence_parallel else "context"
     return sk.constrain(x_BTD, "expert", positions, None)

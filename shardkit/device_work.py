@@ -16,8 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from shardkit.collectives import gather_pieces
-from shardkit.groups import each_of_group
 from shardkit.gradient import MicrobatchLoop
+from shardkit.groups import each_of_group
 from shardkit.keys import stream
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer

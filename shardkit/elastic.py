@@ -20,7 +20,7 @@ from shardkit.errors import (
 )
 from shardkit.events import EventLog, Phase
 from shardkit.membership import Change, Membership
-from shardkit.mesh import mesh_sizes
+from shardkit.mesh import consistency_class, mesh_sizes
 from shardkit.placement import Placement
 from shardkit.placements import choose_devices
 from shardkit.state import TrainState
@@ -77,6 +77,7 @@ class Transition:
 
     Attributes:
         start_s: The same.
+        consistency: `"exact"` if the run keeps its bits, else `"equivalent"`.
         phases: What was done, in order.
         was_ready: Whether the program was compiled when the change came.
     """
@@ -90,6 +91,8 @@ class Transition:
         plain_bytes: int | None = None,
     ) -> None:
         self.old, self.new, self.start_s = old, new, start_s
+        same = consistency_class(old.mesh.shape, new.mesh.shape)
+        self.consistency = same if old.recipe.exact else "equivalent"
         self.phases: list[Phase] = []
         self._record("derive", start_s, time.monotonic())
         self.bytes_moved = self.plain_bytes_moved = 0
@@ -154,7 +157,8 @@ class Transition:
             "to_devices": self.new.num_devices,
         }
         events.begin("reconfigure", step=step)
-        events.emit("reconfiguring", step=step, **counts)
+        told = {**counts, "consistency": self.consistency}
+        events.emit("reconfiguring", step=step, **told)
 
     def report(self, step: int, certified: bool | None) -> dict[str, Any]:
         """Describes the change, as the event `reconfigure` has it."""
@@ -164,6 +168,7 @@ class Transition:
             "to_devices": self.new.num_devices,
             "from_mesh": mesh_sizes(self.old.mesh),
             "to_mesh": mesh_sizes(self.new.mesh),
+            "consistency": self.consistency,
             "bytes_moved": self.bytes_moved,
             "plain_bytes_moved": self.plain_bytes_moved,
             "phases": [phase.record() for phase in self.phases],

@@ -94,8 +94,8 @@ def exact_sum(
         dims: Dims to sum over, all at least 0.
         pmax: Maximum over the devices that hold other addends of the same sums.
         psum: Integer sum over the same devices; at most 8192 of them.
-        merges: Whether dims may become one, which is faster; not where the compiler cuts
-            some, as it would make them whole. The bits are the same.
+        merges: Whether dims may become one, which is faster; not where the compiler
+            cuts some, as it would make them whole. The bits are the same.
 
     Returns:
         The sums in float32; NaN where an addend is not finite or reaches 2¹²⁰.

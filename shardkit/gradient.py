@@ -23,9 +23,9 @@ from shardkit.exact_sum import (
     next_exponent,
     peak_bits,
 )
+from shardkit.groups import each_of_group
 from shardkit.keys import step_key
 from shardkit.layout import state_shards
-from shardkit.groups import each_of_group
 from shardkit.mesh import BATCH_AXES, exchange_axes, group_size
 from shardkit.microbatch import Grid
 from shardkit.model import LossOutput, call_loss

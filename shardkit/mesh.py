@@ -7,7 +7,7 @@ itself, and it decides nothing about tensors.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ __all__ = [
     "MeshSpec",
     "check_mesh",
     "check_no_mesh_is_set",
+    "consistency_class",
     "device_ids",
     "exchange_axes",
     "group_size",
@@ -173,6 +174,26 @@ def exchange_axes(mesh: Mesh) -> tuple[str, ...]:
 def device_ids(mesh: Mesh) -> tuple[int, ...]:
     """Returns the ids of the mesh's devices, in mesh order."""
     return tuple(device.id for device in mesh.devices.flat)
+
+
+def consistency_class(old: Mapping[str, int], new: Mapping[str, int]) -> str:
+    """Whether a run that sums exactly keeps its bits from one mesh to another.
+
+    A change of groups changes the arithmetic within a microbatch: what comes out is
+    `"equivalent"`, equal but for rounding.
+
+    Args:
+        old: Mesh axis → size.
+        new: Likewise.
+
+    Example:
+        >>> consistency_class({"data": 8}, {"data": 3})
+        'exact'
+        >>> consistency_class({"tensor": 2}, {"tensor": 4})
+        'equivalent'
+    """
+    same = all(old.get(axis, 1) == new.get(axis, 1) for axis in GROUP_AXES)
+    return "exact" if same else "equivalent"
 
 
 def check_mesh(mesh: Any) -> None:

@@ -3,8 +3,8 @@
 Owns the decision which dim of every leaf is cut along `fsdp`: parameters and the
 model's state by their annotations, the optimizer's state by what its own update does.
 The axes of a group cut parameters by their annotations too, and what has a parameter's
-place like it; what else an update keeps is whole in a group. Invariant: the decision depends on the run alone, so that every mesh of the run cuts
-the same dims.
+place like it; what else an update keeps is whole in a group. Invariant: the decision
+depends on the run alone, so that every mesh of the run cuts the same dims.
 """
 
 import dataclasses

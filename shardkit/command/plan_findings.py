@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from shardkit.errors import ConfigError
+from shardkit.mesh import GROUP_AXES, consistency_class
 from shardkit.planner.candidates import divisors, outer_meshes
-from shardkit.planner.choice import Choice, Plan, consistency_class
+from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.cost import predict
 from shardkit.planner.elastic_choice import ElasticPlan, choose_next
 from shardkit.planner.memory import state_exchanges
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.quotas import Quotas
 from shardkit.planner.search import KEPT_PART, Job, search
@@ -170,7 +171,7 @@ def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
         for axis, size in zip(leaf.cuts, leaf.shape, strict=True)
         if axis == "fsdp"
     ]
-    inner: dict[str, int] = {axis: 1 for axis in INNER_AXES}
+    inner: dict[str, int] = {axis: 1 for axis in GROUP_AXES}
     meshes = outer_meshes(
         inner, Quotas(topology, 1), num, max(dims, default=1), job.fixed
     )

@@ -16,9 +16,10 @@ import numpy as np
 from shardkit import build
 from shardkit.config import BUILT_IN_DATA, RunConfig
 from shardkit.errors import ConfigError, ShardkitError
+from shardkit.mesh import GROUP_AXES
 from shardkit.model_state import split_variables
 from shardkit.optim import build_optimizer
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.reading import read_model
 from shardkit.planner.search import Job
 
@@ -55,7 +56,7 @@ def read_job(config: RunConfig, consistency: str) -> Job:
         num_microbatches=[num_microbatches],
         exact=consistency == "exact",
         # Other axes exist by name only, so far.
-        fixed=dict.fromkeys(INNER_AXES, 1),
+        fixed=dict.fromkeys(GROUP_AXES, 1),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from shardkit.mesh import GROUP_AXES
 from shardkit.planner.memory import (
     BUCKET_BYTES,
     memory,
@@ -23,7 +24,7 @@ from shardkit.planner.memory import (
     whole_bytes,
 )
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 
 __all__ = ["Costs", "microbatch_time_s", "predict"]
@@ -150,7 +151,7 @@ def _sent(axis: str, facts: ModelFacts, meshes: Meshes, exact: bool) -> tuple[An
         if exchange.axis == axis:
             num_bytes = num_bytes + exchange.sent_bytes
             calls = calls + np.ceil(exchange.num_bytes / BUCKET_BYTES)
-    if axis not in INNER_AXES:
+    if axis not in GROUP_AXES:
         return num_bytes, calls
     n = meshes.sizes[axis]
     for (kind, over, axes), amount in facts.work.exchanges.items():

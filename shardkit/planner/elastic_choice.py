@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from shardkit.errors import ConfigError
-from shardkit.mesh import MESH_AXES
-from shardkit.planner.choice import Choice, Plan, consistency_class
+from shardkit.mesh import GROUP_AXES, MESH_AXES, consistency_class
+from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.memory import state_bytes
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.search import Job, search
 
@@ -71,7 +71,7 @@ def move_s(
     kept = state_bytes(facts, meshes)
     piece = sum(kept.values())
     alike = np.ones(len(meshes), bool)
-    for axis in ("fsdp", *INNER_AXES):
+    for axis in ("fsdp", *GROUP_AXES):
         alike &= meshes.sizes[axis] == old.get(axis, 1)
     # Copies that lost no device go on with what they have.
     has_all = alike & (meshes.sizes["data"] <= old.get("data", 1) - num_lost)

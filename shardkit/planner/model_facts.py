@@ -14,10 +14,7 @@ import numpy as np
 
 from shardkit.planner.ledger import Axes, Ledger
 
-__all__ = ["INNER_AXES", "Leaf", "ModelFacts"]
-
-INNER_AXES = ("tensor", "expert", "context")
-"""The axes that divide the work of one microbatch."""
+__all__ = ["Leaf", "ModelFacts"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 from shardkit.annotations import LeafAxes, read_axes, strip
 from shardkit.errors import ConfigError
 from shardkit.logical_axes import AxisRules, mesh_axis, sharded_dims
+from shardkit.mesh import GROUP_AXES
 from shardkit.model import Model, call_loss
 from shardkit.model_state import split_variables
 from shardkit.planner.flow import follow
 from shardkit.planner.ledger import Cut, bytes_of
-from shardkit.planner.model_facts import INNER_AXES, Leaf, ModelFacts
+from shardkit.planner.model_facts import Leaf, ModelFacts
 from shardkit.planner.traces import count_norms, kept_bytes, peak_beside
 from shardkit.state import find_place
 from shardkit.tree import named_leaves
@@ -100,7 +101,7 @@ def read_model(
         peak_bytes=peak_beside(traced[1], leaves[0]),
         num_norm_leaves=num_norms,
         num_clip_leaves=num_clips,
-        divisors={axis: work.divisors.get(axis, 1) for axis in INNER_AXES},
+        divisors={axis: work.divisors.get(axis, 1) for axis in GROUP_AXES},
         notes=(*notes, *work.notes),
     )
 
@@ -143,10 +144,10 @@ def _divisible(
     sizes: dict[str, int] = {}
     for leaf in said:
         for name, size in zip(leaf.names or (), leaf.shape, strict=False):
-            if mesh_axis(name, rules) in INNER_AXES:
+            if mesh_axis(name, rules) in GROUP_AXES:
                 sizes[name or ""] = math.gcd(sizes.get(name or "", 0), size)
     rules, notes = dict(rules), []
-    for axis in INNER_AXES:
+    for axis in GROUP_AXES:
         names = [name for name in sizes if mesh_axis(name, rules) == axis]
         while len(names) > 1 and math.gcd(*(sizes[n] for n in names)) == 1:
             worst = max(
@@ -170,7 +171,7 @@ def _leaves(part: Any, said: Sequence[LeafAxes], rules: AxisRules) -> tuple[Leaf
         cuts: list[str | None] = [None] * len(names.shape)
         for place, name in enumerate(names.names or ()):
             axis = mesh_axis(name, rules)
-            if axis in INNER_AXES and axis not in cuts:
+            if axis in GROUP_AXES and axis not in cuts:
                 cuts[place] = axis
         if dim >= 0:
             cuts[dim] = "fsdp"
@@ -182,7 +183,7 @@ def _leaves(part: Any, said: Sequence[LeafAxes], rules: AxisRules) -> tuple[Leaf
 
 def _inner(cuts: Sequence[str | None]) -> tuple[str | None, ...]:
     """The cuts that are seen by a microbatch, for which parameters are gathered."""
-    return tuple(axis if axis in INNER_AXES else None for axis in cuts)
+    return tuple(axis if axis in GROUP_AXES else None for axis in cuts)
 
 
 def _batch_cuts(microbatch: Any, rules: AxisRules) -> list[Cut]:

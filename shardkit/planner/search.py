@@ -18,12 +18,12 @@ import numpy as np
 
 from shardkit.errors import ConfigError
 from shardkit.exact_sum import Accumulator
-from shardkit.mesh import MESH_AXES
+from shardkit.mesh import GROUP_AXES, MESH_AXES
 from shardkit.planner.candidates import divisors, inner_sizes, outer_meshes
 from shardkit.planner.choice import Choice, Plan, make_plan
 from shardkit.planner.cost import Costs, predict
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.quotas import Quotas
 
@@ -201,12 +201,12 @@ class _Search:
                 self.quotas[inner] = Quotas(self._topology, inner)
             dealt = self.quotas[inner]
             rounds.append(dealt.rounds(num, np.array([dealt.num_groups]))[0])
-        sizes = {axis: [row[axis] for row in rows] for axis in INNER_AXES}
+        sizes = {axis: [row[axis] for row in rows] for axis in GROUP_AXES}
         # One group alone, as if it were on one host: nothing is faster.
         meshes = Meshes.of(sizes, num, np.array(rounds))
         near = Topology(num_devices, num_devices)
         costs = predict(facts, meshes, self._profile, near, exact=self._job.exact)
-        parts = ["compute", "overhead", *(f"over {axis}" for axis in INNER_AXES)]
+        parts = ["compute", "overhead", *(f"over {axis}" for axis in GROUP_AXES)]
         bounds = np.sum([costs.time_s[part] for part in parts], axis=0)
         order = np.argsort(bounds, kind="stable")
         return _Block(remat, num, facts, [rows[i] for i in order], bounds[order])
