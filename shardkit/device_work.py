@@ -142,15 +142,14 @@ class DeviceWork:
         cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
         dims = [leaves[i].dim for i in cut]
         sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
+        on = self.mesh.shape
+        specs = [leaves[i].spec_on(on, gathered=True) for i in cut]
 
         def gather(pieces: list[Array]) -> list[Array]:
             return gather_pieces(pieces, dims, sizes, self.shards)
 
-        if group_size(self.mesh) > 1:
-            on = self.mesh.shape
-            specs = [leaves[i].spec_on(on, gathered=True) for i in cut]
-            gather = each_of_group(gather, specs)
-        for i, whole in zip(cut, gather([arrays[i] for i in cut]), strict=True):
+        share = each_of_group(gather, specs) if group_size(self.mesh) > 1 else gather
+        for i, whole in zip(cut, share([arrays[i] for i in cut]), strict=True):
             arrays[i] = whole
         # What follows must see parameters, not slices of a gathered buffer.
         return lax.optimization_barrier(treedef.unflatten(arrays))

@@ -275,10 +275,10 @@ class MicrobatchLoop:
             return found
         return jax.tree.map(lambda a, b: jnp.where(counts, a, b), found, nothing)
 
-    def _pin(self, arrays: Sequence[Array]) -> Sequence[Array]:
+    def _pin(self, arrays: Sequence[Array]) -> list[Array]:
         """Keeps gradients, or sums of them, cut as the parameters are."""
         if not self.specs:
-            return arrays
+            return list(arrays)
         return [*map(lax.with_sharding_constraint, arrays, self.specs)]
 
     def _add_over_devices(
