@@ -1,0 +1,319 @@
+"""Tensor-parallel axes of a model that nobody annotated, found from its loss.
+
+Owns what is told of them: which dim of every parameter `tensor` is to cut and why,
+which are left whole and why, and the all-reduces that follow. Invariant: everything
+comes from one trace of the loss over abstract shapes; no device is used and nothing is
+compiled. What to write into a program or a config is said by `written_rules`.
+
+References:
+    Shoeybi et al., Megatron-LM (2019): columns, then rows, then one sum.
+    Tan et al., Redco (2023): the same, in turn, along any chain of products.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardkit.annotations import LeafAxes, read_axes
+from shardkit.errors import ConfigError
+from shardkit.logical_axes import AxisRules, mesh_axis
+from shardkit.model import Model, call_loss
+from shardkit.model_state import split_variables
+from shardkit.planner.ledger import bytes_of
+from shardkit.planner.reading import arguments, trace
+from shardkit.planner.strand_walk import walk
+from shardkit.planner.strands import Strands, Value
+from shardkit.planner.tensor_choice import Strand, choose, find_strands
+from shardkit.planner.written_rules import WrittenRules, write_rules
+
+__all__ = ["Exchange", "LeafRule", "Pair", "TensorRules", "find_tensor_rules"]
+
+_MOST_PATHS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Collectives over `tensor` in the loss of one microbatch.
+
+    Attributes:
+        kind: `"all-reduce"`; or `"all-gather"`, of what every device offers as the
+            place of the largest element.
+        of: `"row"` of what a product sums over, `"sum"`, `"lookup"` of rows of a
+            table, or `"argmax"`.
+        count: How many.
+        num_bytes: Of their buffers, on one device, together; of an all-gather what one
+            device has to offer, which the number of devices multiplies.
+    """
+
+    kind: str
+    of: str
+    count: int
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What is cut together: products that make a dim, and those that sum over it.
+
+    Attributes:
+        number: From 1, in the order of the program.
+        columns: Parameters whose products make the dim.
+        rows: Parameters whose products sum over it. Without any, sums close it.
+        tables: Parameters of which it is the rows, which are looked up.
+        divisor: What the size of `tensor` has to divide.
+        exchanges: What it takes.
+    """
+
+    number: int
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    tables: tuple[str, ...]
+    divisor: int
+    exchanges: tuple[Exchange, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafRule:
+    """What is to become of one parameter.
+
+    Attributes:
+        path: Where it is.
+        shape: Its shape.
+        dim: The dim that `tensor` cuts; -1 for none.
+        pair: The number of the pair; 0 for none.
+        reason: Why, in words.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dim: int
+    pair: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRules:
+    """What was found.
+
+    Attributes:
+        size: The size of `tensor` that was asked for; None if it was left open.
+        leaves: Every parameter.
+        pairs: What is cut.
+        written: The same as rules for a program or a config.
+        notes: What else is worth knowing.
+    """
+
+    size: int | None
+    leaves: tuple[LeafRule, ...]
+    pairs: tuple[Pair, ...]
+    written: WrittenRules
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Those of all pairs, one entry for a kind."""
+        return _together([x for pair in self.pairs for x in pair.exchanges])
+
+    @property
+    def divisor(self) -> int:
+        """What the size of `tensor` has to divide for all pairs; 0 if there are none."""
+        return math.gcd(*(pair.divisor for pair in self.pairs))
+
+
+def find_tensor_rules(
+    model: Model,
+    microbatch: Any,
+    *,
+    size: int | None = None,
+    axis_rules: AxisRules | None = None,
+    path_rules: Mapping[Any, Any] | None = None,
+) -> TensorRules:
+    """Finds which dims `tensor` should cut, so that one all-reduce closes two products.
+
+    Of every chain of products with parameters, one is cut along what it makes, the next
+    along what it sums over, and whatever lies between is local. What lies between is
+    followed through activations, biases, gates, dropout, attention over heads,
+    reshapes, scans and checkpoints; an operation that is not known leaves whole
+    whatever it reads.
+
+    Args:
+        model: What a model factory returns.
+        microbatch: The arrays of one microbatch, abstract or not: rows first.
+        size: Of `tensor`; what it does not divide stays whole. None leaves it open.
+        axis_rules: Logical axis → mesh axis; None for the model's own.
+        path_rules: Those that there are already, as `read_axes` takes them.
+
+    Raises:
+        ConfigError: If the loss cannot be traced with these shapes, or the size is less
+            than 2.
+        PartitionError: If annotations do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def init(key):
+        ...     return {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
+        >>> def loss(params, microbatch, key):
+        ...     x = microbatch["x"]
+        ...     return jnp.mean((x + jnp.tanh(x @ params["up"]) @ params["down"]) ** 2)
+        >>> model = Model(init=init, loss=loss)
+        >>> found = find_tensor_rules(model, {"x": jnp.ones((2, 8))}, size=4)
+        >>> [(leaf.path, leaf.dim, leaf.reason) for leaf in found.leaves]
+        [('down', 0, 'row of pair 1: opened by up'), ('up', 1, 'column of pair 1: \
+closed by down')]
+        >>> found.exchanges
+        (Exchange(kind='all-reduce', of='row', count=1, num_bytes=64),)
+        >>> found.written.path_rules
+        {'down': ('tensor', None), 'up': (None, 'tensor')}
+    """
+    if size is not None and size < 2:
+        raise ConfigError(f"tensor: expected a size of at least 2, found {size}")
+    rules = dict(model.axis_rules if axis_rules is None else axis_rules)
+    variables, args = arguments(model, microbatch)
+    params, _ = split_variables(variables)
+    own, said = read_axes(params), read_axes(params, path_rules)
+    strands, dims = _follow(model, args, said, rules)
+    every = find_strands(strands, dims)
+    arrays = [strands.roots(array) for array in strands.arrays]
+    chosen = choose([x for x in every if not x.problem], arrays)
+    # Which strands are in each other's way does not depend on the size, so that models
+    # are not cut otherwise on other machines.
+    cut = [x for x in chosen if size is None or x.divisor % size == 0]
+    paths = [leaf.path for leaf in said]
+    pairs = [_pair(i, strand, paths) for i, strand in enumerate(cut, start=1)]
+    reasons = _Reasons(every, chosen, pairs, cut, size)
+    leaves = [reasons.rule(i, leaf) for i, leaf in enumerate(said)]
+    return TensorRules(
+        size=size,
+        leaves=tuple(leaves),
+        pairs=tuple(pairs),
+        written=write_rules(said, own, [leaf.dim for leaf in leaves], rules),
+    )
+
+
+def _follow(
+    model: Model, args: tuple[Any, ...], said: Sequence[LeafAxes], rules: AxisRules
+) -> tuple[Strands, list[tuple[Any, int]]]:
+    """Walks a loss; returns its strands, and dims and bytes of the parameters."""
+    closed = trace(lambda *args: call_loss(model.loss, *args), args)
+    strands, num = Strands(), len(said)
+    avals = [var.aval for var in closed.jaxpr.invars]
+    ins = [
+        Value(strands.new(aval.shape), leaf=i if i < num else None)
+        for i, aval in enumerate(avals)
+    ]
+    for value in walk(closed.jaxpr, ins, strands):
+        strands.keep_whole(value.dims, "it leaves the loss")
+    for value, leaf in zip(ins, said, strict=False):
+        for dim, name in zip(value.dims, leaf.names or (), strict=False):
+            axis = mesh_axis(name, rules)
+            if axis in ("expert", "context"):
+                strands.keep_whole([dim], f"{axis} cuts it")
+    return strands, [(ins[i].dims, bytes_of(avals[i])) for i in range(num)]
+
+
+def _pair(number: int, strand: Strand, paths: Sequence[str]) -> Pair:
+    def named(kind: str) -> tuple[str, ...]:
+        leaves = [meeting.leaf for meeting in strand.met(kind)]
+        return tuple(dict.fromkeys(paths[i] for i in leaves if i is not None))
+
+    exchanges = [
+        Exchange(
+            kind="all-gather" if x.kind == "argmax" else "all-reduce",
+            of=x.kind,
+            # The place and the element itself.
+            count=x.times * (2 if x.kind == "argmax" else 1),
+            num_bytes=x.times * x.num_bytes,
+        )
+        for x in strand.met("row", "sum", "lookup", "argmax")
+    ]
+    return Pair(
+        number=number,
+        columns=named("column"),
+        rows=named("row"),
+        tables=named("lookup"),
+        divisor=strand.divisor,
+        exchanges=_together(exchanges),
+    )
+
+
+def _together(exchanges: Sequence[Exchange]) -> tuple[Exchange, ...]:
+    kinds = dict.fromkeys((x.kind, x.of) for x in exchanges)
+    return tuple(
+        Exchange(
+            kind=kind,
+            of=of,
+            count=sum(x.count for x in exchanges if (x.kind, x.of) == (kind, of)),
+            num_bytes=sum(
+                x.num_bytes for x in exchanges if (x.kind, x.of) == (kind, of)
+            ),
+        )
+        for kind, of in kinds
+    )
+
+
+class _Reasons:
+    """Says of every parameter what becomes of it, and why."""
+
+    def __init__(
+        self,
+        every: Sequence[Strand],
+        chosen: Sequence[Strand],
+        pairs: Sequence[Pair],
+        cut: Sequence[Strand],
+        size: int | None,
+    ) -> None:
+        self._strands = {place: strand for strand in every for place in strand.dims}
+        self._chosen = {strand.number for strand in chosen}
+        self._pairs = {x.number: pair for x, pair in zip(cut, pairs, strict=True)}
+        self._size = size
+
+    def rule(self, number: int, leaf: LeafAxes) -> LeafRule:
+        """The rule of one parameter."""
+        strands = {
+            dim: self._strands[number, dim]
+            for dim in range(len(leaf.shape))
+            if (number, dim) in self._strands
+        }
+        for dim, strand in strands.items():
+            if (pair := self._pairs.get(strand.number)) is not None:
+                return LeafRule(
+                    path=leaf.path,
+                    shape=leaf.shape,
+                    dim=dim,
+                    pair=pair.number,
+                    reason=_role(leaf.path, pair),
+                )
+        why = {dim: self._why(strand) for dim, strand in strands.items()}
+        words = [*dict.fromkeys(why.values())] or ["a single element"]
+        text = words[0]
+        if len(words) > 1:
+            text = "; ".join(f"dim {dim}: {word}" for dim, word in why.items())
+        return LeafRule(
+            path=leaf.path, shape=leaf.shape, dim=-1, pair=0, reason=f"whole: {text}"
+        )
+
+    def _why(self, strand: Strand) -> str:
+        if strand.problem:
+            return strand.problem
+        if strand.number in self._chosen:
+            return f"{self._size} does not divide {strand.divisor}"
+        return "another dim of its arrays comes first"
+
+
+def _role(path: str, pair: Pair) -> str:
+    name = f"pair {pair.number}"
+    if path in pair.columns:
+        closed = _listed(pair.rows) or "sums over it"
+        return f"column of {name}: closed by {closed}"
+    if path in pair.rows:
+        return f"row of {name}: opened by {_listed(pair.columns)}"
+    if path in pair.tables:
+        return f"table of {name}: rows are looked up, and added"
+    return f"with {name}: goes along with its columns"
+
+
+def _listed(paths: Sequence[str]) -> str:
+    rest = len(paths) - _MOST_PATHS
+    more = [f"{rest} more"] if rest > 0 else []
+    return ", ".join([*paths[:_MOST_PATHS], *more])
