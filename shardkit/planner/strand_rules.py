@@ -14,7 +14,7 @@ from jax.extend import core
 
 from shardkit.operations import is_elementwise
 from shardkit.planner.ledger import bytes_of
-from shardkit.planner.strands import Dims, Strands, Value
+from shardkit.planner.strands import Dims, Past, Strands, Value
 
 __all__ = ["RULES", "default_rule"]
 
@@ -40,16 +40,16 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return getattr(atom.aval, "shape", ())
 
 
-def _seen(values: Values) -> int:
-    seen = 0
+def _past(values: Values) -> Past:
+    past = Past()
     for value in values:
-        seen |= value.seen
-    return seen
+        past |= value.past
+    return past
 
 
 def _made(eqn: core.JaxprEqn, ins: Values, strands: Strands) -> Values:
     """Results that are tied to nothing."""
-    return [Value(strands.new(_shape(var)), _seen(ins)) for var in eqn.outvars]
+    return [Value(strands.new(_shape(var)), _past(ins)) for var in eqn.outvars]
 
 
 def _tie(strands: Strands, one: Dims, other: Dims) -> Dims:
@@ -66,20 +66,21 @@ def _elementwise(
     for value in wide[1:]:
         dims = _tie(strands, dims, value.dims)
     if eqn.primitive.name in _ADDING and len(wide) == 2:
-        apart = wide[0].seen ^ wide[1].seen
-        both = zip(wide[0].dims, wide[1].dims, strict=True)
-        strands.skips += [(a, apart) for a, b in both if a is not None and b is not None]
+        (left, one, _), (right, other, _) = wide
+        for dim in {a for a, b in zip(left, right, strict=True) if None not in (a, b)}:
+            strands.skips.append((dim, one.sources, other.met))
+            strands.skips.append((dim, other.sources, one.met))
     # What is made of parameters alone is one still.
     is_leaf = wide and all(value.leaf is not None for value in wide)
     leaf = wide[0].leaf if is_leaf else None
-    return [Value(dims, _seen(ins), leaf) for _ in eqn.outvars]
+    return [Value(dims, _past(ins), leaf) for _ in eqn.outvars]
 
 
 def _view(dims: Callable[[core.JaxprEqn, Dims, Strands], Dims]) -> Rule:
     """A rule for what only arranges the elements of its first argument otherwise."""
 
     def rule(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> Values:
-        return [Value(dims(eqn, ins[0].dims, strands), _seen(ins), ins[0].leaf)]
+        return [Value(dims(eqn, ins[0].dims, strands), _past(ins), ins[0].leaf)]
 
     return rule
 
@@ -148,7 +149,7 @@ def _whole_places(why: str, places: Callable[[core.JaxprEqn], Any]) -> Rule:
                 strands.tie(wide[0].dims[i], value.dims[i])
             for out in outs:
                 out[i] = wide[0].dims[i]
-        return [Value(tuple(out), _seen(ins), ins[0].leaf) for out in outs]
+        return [Value(tuple(out), _past(ins), ins[0].leaf) for out in outs]
 
     return rule
 
@@ -173,7 +174,7 @@ def _update_slice(
             strands.tie(one, other)
         else:
             strands.keep_whole([one, other], "a part of it is written")
-    return [Value(ins[0].dims, _seen(ins))]
+    return [Value(ins[0].dims, _past(ins))]
 
 
 def _stack(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> Values:
@@ -183,14 +184,14 @@ def _stack(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> Val
     place = eqn.params["axis"]
     [new] = strands.new((len(ins),))
     strands.keep_whole([new], "it is stacked")
-    return [Value((*dims[:place], new, *dims[place:]), _seen(ins))]
+    return [Value((*dims[:place], new, *dims[place:]), _past(ins))]
 
 
 def _unstack(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> Values:
     place, dims = eqn.params["axis"], ins[0].dims
     strands.keep_whole([dims[place]], "a part of it is taken")
     rest = (*dims[:place], *dims[place + 1 :])
-    return [Value(rest, ins[0].seen, ins[0].leaf) for _ in eqn.outvars]
+    return [Value(rest, ins[0].past, ins[0].leaf) for _ in eqn.outvars]
 
 
 def _reduce(kind: str) -> Rule:
@@ -203,11 +204,11 @@ def _reduce(kind: str) -> Rule:
             num_bytes += out.size * bytes_of(eqn.invars[0].aval) // max(
                 math.prod(_shape(eqn.invars[0])), 1
             )
-        seen = value.seen
+        past = value.past
         for place in places:
-            seen |= strands.meet(kind, value.dims[place], None, num_bytes, times)
+            past |= strands.meet(kind, value.dims[place], None, num_bytes, times)
         rest = tuple(dim for i, dim in enumerate(value.dims) if i not in places)
-        return [Value(rest, seen, value.leaf) for _ in eqn.outvars]
+        return [Value(rest, past, value.leaf) for _ in eqn.outvars]
 
     return rule
 
@@ -218,11 +219,14 @@ def _product(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> V
     left, right = ins
     num_bytes = bytes_of(eqn.outvars[0].aval)
     leaf = right.leaf if left.leaf is None else left.leaf
-    seen, terms = left.seen | right.seen, 1
+    before, terms = _past(ins), 1
+    past = Past(before.met) | strands.source()
     for i, j in zip(*sums, strict=True):
         strands.tie(left.dims[i], right.dims[j])
         terms *= _shape(eqn.invars[0])[i]
-        seen |= strands.meet("row", left.dims[i], leaf, num_bytes, times)
+        past |= strands.meet(
+            "row", left.dims[i], leaf, num_bytes, times, before.sources
+        )
     out: list[int | None] = []
     for i, j in zip(*batches, strict=True):
         strands.tie(left.dims[i], right.dims[j])
@@ -236,37 +240,39 @@ def _product(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> V
         out += free
     work = 2 * math.prod(_shape(eqn.outvars[0])) * terms * times
     strands.products.append(((*left.dims, *right.dims), work))
-    return [Value(tuple(out), seen)]
+    return [Value(tuple(out), past)]
 
 
 def _gather(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> Values:
     """Rows of a table: those of other devices count as zeros, and are added."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     [table, index, *_], shape = ins, _shape(eqn.invars[0])
+    batches = numbers.operand_batching_dims
+    gone = (*numbers.collapsed_slice_dims, *batches)
     is_plain = (
         len(numbers.start_index_map) == 1
         and numbers.collapsed_slice_dims == numbers.start_index_map
-        and not numbers.operand_batching_dims
-        and all(sizes[i] == n for i, n in enumerate(shape) if i not in _looked(numbers))
+        and all(sizes[i] == n for i, n in enumerate(shape) if i not in gone)
     )
     if not is_plain:
-        strands.keep_whole(table.dims, "single elements of it are looked up")
+        strands.keep_whole(table.dims, "elements are looked up by several dims")
         return _made(eqn, ins, strands)
     [looked] = numbers.start_index_map
+    # Looking up among activations, as the label of a loss, is a sum like others.
+    kind = "sum" if table.leaf is None else "lookup"
     num_bytes = bytes_of(eqn.outvars[0].aval)
-    strands.meet("lookup", table.dims[looked], table.leaf, num_bytes, times)
-    out = list(strands.new(_shape(eqn.outvars[0])))
-    kept = [dim for i, dim in enumerate(table.dims) if i != looked]
+    past = Past(_past(ins).met) | strands.source()
+    past |= strands.meet(kind, table.dims[looked], table.leaf, num_bytes, times)
+    for i, j in zip(batches, numbers.start_indices_batching_dims, strict=True):
+        strands.tie(table.dims[i], index.dims[j])
+    out: list[int | None] = [None] * len(_shape(eqn.outvars[0]))
+    kept = [dim for i, dim in enumerate(table.dims) if i not in gone]
     for place, dim in zip(numbers.offset_dims, kept, strict=True):
         out[place] = dim
     rest = [i for i in range(len(out)) if i not in numbers.offset_dims]
     for place, dim in zip(rest, index.dims[:-1], strict=True):
         out[place] = dim
-    return [Value(tuple(out), _seen(ins))]
-
-
-def _looked(numbers: Any) -> tuple[int, ...]:
-    return (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    return [Value(tuple(out), past)]
 
 
 def _each(eqn: core.JaxprEqn, ins: Values, strands: Strands, times: int) -> Values:

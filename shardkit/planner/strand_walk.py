@@ -43,7 +43,7 @@ def walk(
     known: dict[Any, Value] = dict(zip(jaxpr.invars, ins, strict=True))
     for var in jaxpr.constvars:
         known[var] = _constant(var, strands)
-    for eqn in jaxpr.eqns:
+    for eqn in _needed(jaxpr):
         values = [
             _constant(atom, strands) if isinstance(atom, core.Literal) else known[atom]
             for atom in eqn.invars
@@ -55,6 +55,17 @@ def walk(
         _constant(atom, strands) if isinstance(atom, core.Literal) else known[atom]
         for atom in jaxpr.outvars
     ]
+
+
+def _needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    """The equations that results follow from: a compiler leaves the others out."""
+    used = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        if used.intersection(eqn.outvars):
+            used.update(a for a in eqn.invars if not isinstance(a, core.Literal))
+            needed.append(eqn)
+    return needed[::-1]
 
 
 def _constant(atom: Any, strands: Strands) -> Value:
@@ -82,9 +93,9 @@ def _scan(
     why = "a loop takes it one by one"
     for value in ins[first:]:
         strands.keep_whole(value.dims[:1], why)
-    rows = [Value(v.dims[1:], v.seen, v.leaf) for v in ins[first:]]
-    # A parameter that is carried is another after a pass.
-    carry = [Value(v.dims, v.seen) for v in ins[num_consts:first]]
+    rows = [Value(v.dims[1:], v.past, v.leaf) for v in ins[first:]]
+    # What is carried is another after a pass, also a parameter.
+    carry = [Value(v.dims, v.past | strands.source()) for v in ins[num_consts:first]]
     outs = walk(
         eqn.params["jaxpr"].jaxpr,
         [*ins[:num_consts], *carry, *rows],
@@ -96,5 +107,5 @@ def _scan(
             strands.tie(one, other)
     [new] = strands.new((eqn.params["length"],))
     strands.keep_whole([new], why)
-    stacked = [Value((new, *v.dims), v.seen) for v in outs[num_carry:]]
+    stacked = [Value((new, *v.dims), v.past) for v in outs[num_carry:]]
     return [*outs[:num_carry], *stacked]

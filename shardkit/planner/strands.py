@@ -14,10 +14,26 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["Dims", "Meeting", "Strands", "Value"]
+__all__ = ["Dims", "Meeting", "Past", "Strands", "Value"]
 
 Dims = tuple[int | None, ...]
 """For every dim of an array its number; None for one of size 1, which nobody cuts."""
+
+
+class Past(NamedTuple):
+    """What an array comes from, as bits.
+
+    Attributes:
+        met: All meetings before it.
+        sources: What it was before the last product: inputs of the program that are no
+            parameters, and results of products, of which it is made without another.
+    """
+
+    met: int = 0
+    sources: int = 0
+
+    def __or__(self, other: Any) -> "Past":
+        return Past(self.met | other.met, self.sources | other.sources)
 
 
 class Value(NamedTuple):
@@ -25,12 +41,12 @@ class Value(NamedTuple):
 
     Attributes:
         dims: Its dims.
-        seen: Bits of the meetings that it comes from.
+        past: What it comes from.
         leaf: The parameter that it is, cast or seen otherwise; None for others.
     """
 
     dims: Dims
-    seen: int = 0
+    past: Past = Past()
     leaf: int | None = None
 
 
@@ -46,6 +62,7 @@ class Meeting:
         leaf: The parameter in it, if there is one.
         num_bytes: Of the result of one pass.
         times: How often it is done.
+        sources: Those of what is summed over.
     """
 
     kind: Literal["column", "row", "sum", "argmax", "lookup"]
@@ -53,6 +70,7 @@ class Meeting:
     leaf: int | None
     num_bytes: int
     times: int
+    sources: int = 0
 
 
 class Strands:
@@ -67,8 +85,9 @@ class Strands:
         """Dims that an operation needs whole, and why."""
         self.products: list[tuple[Dims, int]] = []
         """The dims of every product, and its floating-point operations."""
-        self.skips: list[tuple[int, int]] = []
-        """Dims of two addends, and the meetings that only one of them comes from."""
+        self.skips: list[tuple[int, int, int]] = []
+        """Dims of two addends, the sources of one and the meetings of the other."""
+        self._num_sources = 0
 
     def new(self, shape: Sequence[int]) -> Dims:
         """Makes dims that are tied to nothing yet."""
@@ -79,6 +98,11 @@ class Strands:
                 self._parents.append(len(self._parents))
                 self._sizes.append(size)
         return tuple(found)
+
+    def source(self) -> Past:
+        """The past of something new."""
+        self._num_sources += 1
+        return Past(0, 1 << self._num_sources)
 
     def root(self, dim: int) -> int:
         """The number that all dims of a strand share."""
@@ -110,24 +134,35 @@ class Strands:
         return [self.root(dim) for dim in dims if dim is not None]
 
     def meet(
-        self, kind: Any, dim: int | None, leaf: int | None, num_bytes: int, times: int
-    ) -> int:
-        """Notes a meeting and returns its bit; 0 for a dim that nobody cuts."""
+        self,
+        kind: Any,
+        dim: int | None,
+        leaf: int | None,
+        num_bytes: int,
+        times: int,
+        sources: int = 0,
+    ) -> Past:
+        """Notes a meeting, as part of a past; a dim that nobody cuts has none."""
         if dim is None:
-            return 0
-        self.meetings.append(Meeting(kind, dim, leaf, num_bytes, times))
-        return 1 << (len(self.meetings) - 1)
+            return Past()
+        self.meetings.append(Meeting(kind, dim, leaf, num_bytes, times, sources))
+        return Past(1 << (len(self.meetings) - 1))
 
     def streams(self) -> set[int]:
-        """Strands of which what sums over them is added to what goes past.
+        """Strands of which what a product sums over is also added to what follows.
 
-        A residual stream is one: each layer reads it by products and adds what it has
-        to say, so that the addends come from different meetings of the same strand.
+        A residual stream is one: each layer reads it by products and adds to it what
+        it has to say.
         """
-        bits: dict[int, int] = collections.defaultdict(int)
+        rows: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
         for place, meeting in enumerate(self.meetings):
             if meeting.kind == "row":
-                bits[self.root(meeting.dim)] |= 1 << place
-        return {
-            self.root(dim) for dim, seen in self.skips if seen & bits[self.root(dim)]
-        }
+                rows[self.root(meeting.dim)].append((1 << place, meeting.sources))
+        found: set[int] = set()
+        for dim, sources, met in self.skips:
+            root = self.root(dim)
+            if root not in found and any(
+                met & bit and sources & read for bit, read in rows[root]
+            ):
+                found.add(root)
+        return found

@@ -199,7 +199,9 @@ def _follow(
     strands, num = Strands(), len(said)
     avals = [var.aval for var in closed.jaxpr.invars]
     ins = [
-        Value(strands.new(aval.shape), leaf=i if i < num else None)
+        Value(strands.new(aval.shape), leaf=i)
+        if i < num
+        else Value(strands.new(aval.shape), strands.source())
         for i, aval in enumerate(avals)
     ]
     for value in walk(closed.jaxpr, ins, strands):
