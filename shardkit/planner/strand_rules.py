@@ -201,8 +201,10 @@ def _reduce(kind: str) -> Rule:
         num_bytes = bytes_of(out)
         if kind == "argmax":
             # A device says where its largest element is, and how large that is.
-            num_bytes += out.size * bytes_of(eqn.invars[0].aval) // max(
-                math.prod(_shape(eqn.invars[0])), 1
+            num_bytes += (
+                out.size
+                * bytes_of(eqn.invars[0].aval)
+                // max(math.prod(_shape(eqn.invars[0])), 1)
             )
         past = value.past
         for place in places:

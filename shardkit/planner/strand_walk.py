@@ -13,7 +13,10 @@ from shardkit.jaxprs import inner_jaxpr, scan_parts
 from shardkit.planner.strand_rules import RULES, default_rule
 from shardkit.planner.strands import Strands, Value
 
-__all__ = ["walk"]
+__all__ = ["LOOPED", "walk"]
+
+LOOPED = "a loop takes it one by one"
+"""Why layers that are stacked for a scan are not cut."""
 
 
 def walk(
@@ -90,9 +93,8 @@ def _scan(
     """One pass stands for all: what is carried is cut alike before and after."""
     num_consts, num_carry = scan_parts(eqn)
     first = num_consts + num_carry
-    why = "a loop takes it one by one"
     for value in ins[first:]:
-        strands.keep_whole(value.dims[:1], why)
+        strands.keep_whole(value.dims[:1], LOOPED)
     rows = [Value(v.dims[1:], v.past, v.leaf) for v in ins[first:]]
     # What is carried is another after a pass, also a parameter.
     carry = [Value(v.dims, v.past | strands.source()) for v in ins[num_consts:first]]
@@ -106,6 +108,6 @@ def _scan(
         for one, other in zip(before.dims, after.dims, strict=True):
             strands.tie(one, other)
     [new] = strands.new((eqn.params["length"],))
-    strands.keep_whole([new], why)
+    strands.keep_whole([new], LOOPED)
     stacked = [Value((new, *v.dims), v.past) for v in outs[num_carry:]]
     return [*outs[:num_carry], *stacked]

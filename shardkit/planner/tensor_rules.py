@@ -11,7 +11,6 @@ References:
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from shardkit.model import Model, call_loss
 from shardkit.model_state import split_variables
 from shardkit.planner.ledger import bytes_of
 from shardkit.planner.reading import arguments, trace
-from shardkit.planner.strand_walk import walk
+from shardkit.planner.strand_walk import LOOPED, walk
 from shardkit.planner.strands import Strands, Value
 from shardkit.planner.tensor_choice import Strand, choose, find_strands
 from shardkit.planner.written_rules import WrittenRules, write_rules
@@ -101,24 +100,17 @@ class TensorRules:
         leaves: Every parameter.
         pairs: What is cut.
         written: The same as rules for a program or a config.
-        notes: What else is worth knowing.
     """
 
     size: int | None
     leaves: tuple[LeafRule, ...]
     pairs: tuple[Pair, ...]
     written: WrittenRules
-    notes: tuple[str, ...] = ()
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
         """Those of all pairs, one entry for a kind."""
         return _together([x for pair in self.pairs for x in pair.exchanges])
-
-    @property
-    def divisor(self) -> int:
-        """What the size of `tensor` has to divide for all pairs; 0 if there are none."""
-        return math.gcd(*(pair.divisor for pair in self.pairs))
 
 
 def find_tensor_rules(
@@ -287,6 +279,8 @@ class _Reasons:
                     reason=_role(leaf.path, pair),
                 )
         why = {dim: self._why(strand) for dim, strand in strands.items()}
+        # That layers are stacked explains nothing where there is another reason.
+        why = {dim: x for dim, x in why.items() if x != LOOPED} or why
         words = [*dict.fromkeys(why.values())] or ["a single element"]
         text = words[0]
         if len(words) > 1:

@@ -58,17 +58,20 @@ def write_rules(
     """
     names, notes = _by_name(own, dims, axis_rules)
     tuples: dict[str, Names] = {}
+    unsaid = []
     for leaf, mine, dim in zip(said, own, dims, strict=True):
         if dim < 0:
             continue
         if mine.names is None:
             tuples[leaf.path] = _cut_names(leaf, dim, axis_rules)
         elif mine.names[dim] not in (*names, MESH + _TENSOR):
-            notes.append(
-                f"{leaf.path}: the model names its dims {_spell(mine.names)}, which "
-                f"says nothing of dim {dim} alone; give that a name of its own there, "
-                "and the name to tensor"
-            )
+            unsaid.append(f"{leaf.path} {_spell(mine.names)} dim {dim}")
+    if unsaid:
+        notes.append(
+            "no rule can say this, as the model itself names these dims and names them "
+            f"like others that stay whole: {', '.join(unsaid)}; give them names of "
+            "their own in the model, and those to tensor"
+        )
     globs = _globs(tuples, [leaf.path for leaf in said])
     return WrittenRules(axis_rules=names, path_rules=globs, notes=tuple(notes))
 
