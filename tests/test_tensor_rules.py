@@ -1,4 +1,4 @@
-"""Tensor-parallel axes that are found from a loss, and the rules they are written as."""
+"""Tensor-parallel axes that are found from a loss, and how they are written."""
 
 import itertools
 

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tensor_models import (
-    BATCH,
-    CASES,
-    Placed,
-    assert_alike,
-    case,
-    collectives,
-    predicted,
-)
+from tensor_models import BATCH, CASES, case
+from tensor_placed import Placed, assert_alike, collectives, predicted
 
 import shardkit as sk
 from models import gpt, mlp, moe, vit

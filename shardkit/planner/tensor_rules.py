@@ -1,8 +1,7 @@
 """Tensor-parallel axes of a model that nobody annotated, found from its loss.
 
-Owns what is told of them: which dim of every parameter `tensor` is to cut and why,
-which are left whole and why, and the all-reduces that follow. Invariant: everything
-comes from one trace of the loss over abstract shapes; no device is used and nothing is
+Owns the way from a model to them, and the reasons in words. Invariant: everything comes
+from one trace of the loss over abstract shapes; no device is used and nothing is
 compiled. What to write into a program or a config is said by `written_rules`.
 
 References:
@@ -10,7 +9,6 @@ References:
     Tan et al., Redco (2023): the same, in turn, along any chain of products.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,93 +22,18 @@ from shardkit.planner.reading import arguments, trace
 from shardkit.planner.strand_walk import LOOPED, walk
 from shardkit.planner.strands import Strands, Value
 from shardkit.planner.tensor_choice import Strand, choose, find_strands
-from shardkit.planner.written_rules import WrittenRules, write_rules
+from shardkit.planner.tensor_findings import (
+    Exchange,
+    LeafRule,
+    Pair,
+    TensorRules,
+    add_up,
+)
+from shardkit.planner.written_rules import write_rules
 
-__all__ = ["Exchange", "LeafRule", "Pair", "TensorRules", "find_tensor_rules"]
+__all__ = ["find_tensor_rules"]
 
 _MOST_PATHS = 3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """Collectives over `tensor` in the loss of one microbatch.
-
-    Attributes:
-        kind: `"all-reduce"`; or `"all-gather"`, of what every device offers as the
-            place of the largest element.
-        of: `"row"` of what a product sums over, `"sum"`, `"lookup"` of rows of a
-            table, or `"argmax"`.
-        count: How many.
-        num_bytes: Of their buffers, on one device, together; of an all-gather what one
-            device has to offer, which the number of devices multiplies.
-    """
-
-    kind: str
-    of: str
-    count: int
-    num_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pair:
-    """What is cut together: products that make a dim, and those that sum over it.
-
-    Attributes:
-        number: From 1, in the order of the program.
-        columns: Parameters whose products make the dim.
-        rows: Parameters whose products sum over it. Without any, sums close it.
-        tables: Parameters of which it is the rows, which are looked up.
-        divisor: What the size of `tensor` has to divide.
-        exchanges: What it takes.
-    """
-
-    number: int
-    columns: tuple[str, ...]
-    rows: tuple[str, ...]
-    tables: tuple[str, ...]
-    divisor: int
-    exchanges: tuple[Exchange, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LeafRule:
-    """What is to become of one parameter.
-
-    Attributes:
-        path: Where it is.
-        shape: Its shape.
-        dim: The dim that `tensor` cuts; -1 for none.
-        pair: The number of the pair; 0 for none.
-        reason: Why, in words.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dim: int
-    pair: int
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorRules:
-    """What was found.
-
-    Attributes:
-        size: The size of `tensor` that was asked for; None if it was left open.
-        leaves: Every parameter.
-        pairs: What is cut.
-        written: The same as rules for a program or a config.
-    """
-
-    size: int | None
-    leaves: tuple[LeafRule, ...]
-    pairs: tuple[Pair, ...]
-    written: WrittenRules
-
-    @property
-    def exchanges(self) -> tuple[Exchange, ...]:
-        """Those of all pairs, one entry for a kind."""
-        return _together([x for pair in self.pairs for x in pair.exchanges])
 
 
 def find_tensor_rules(
@@ -227,22 +150,7 @@ def _pair(number: int, strand: Strand, paths: Sequence[str]) -> Pair:
         rows=named("row"),
         tables=named("lookup"),
         divisor=strand.divisor,
-        exchanges=_together(exchanges),
-    )
-
-
-def _together(exchanges: Sequence[Exchange]) -> tuple[Exchange, ...]:
-    kinds = dict.fromkeys((x.kind, x.of) for x in exchanges)
-    return tuple(
-        Exchange(
-            kind=kind,
-            of=of,
-            count=sum(x.count for x in exchanges if (x.kind, x.of) == (kind, of)),
-            num_bytes=sum(
-                x.num_bytes for x in exchanges if (x.kind, x.of) == (kind, of)
-            ),
-        )
-        for kind, of in kinds
+        exchanges=add_up(exchanges),
     )
 
 
