@@ -107,6 +107,14 @@ def test_a_gpt_is_cut_as_megatron_cuts_it(options):
     assert not found.written.notes
 
 
+def test_a_rule_that_there_is_may_be_taken_back():
+    built = gpt.build(**SMALL, vocab_size=251)
+    found = find_tensor_rules(built, TOKENS, size=2)
+    assert "dim 0: 2 does not divide 251" in reasons(found)["embedding"]
+    assert found.written.axis_rules["vocab"] is None
+    assert annotated_by(built, found, None, built.axis_rules) == cuts(found)
+
+
 def test_experts_are_cut_within_and_left_to_their_axis():
     found = find_tensor_rules(
         moe.build(num_layers=1, embed_dim=32, mlp_dim=16), TOKENS, size=2

@@ -29,7 +29,7 @@ The rules are printed to be pasted into the config; docs/tensor-rules.md explain
 
 exit codes:
   0    rules were found
-  1    none were: nothing can be cut without more than a sum for each pair of products
+  1    none were: there are no two products of which one sum would close a cut
   2    bad input: a message says what and where
 """
 _KINDS = {
@@ -114,7 +114,7 @@ def _rows(leaves: Any) -> Iterator[tuple[str, ...]]:
     """One row for parameters that differ in numbers of their paths alone."""
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for leaf in leaves:
-        reason = re.sub(r"\bpair \d+", "its pair", _any_number(leaf.reason))
+        reason = re.sub(r"\bpair \d+", "its pair", _any_number(_near(leaf)))
         key = (_any_number(leaf.path), leaf.shape, leaf.dim, reason)
         groups.setdefault(key, []).append(leaf)
     for (path, shape, dim, reason), group in groups.items():
@@ -125,8 +125,16 @@ def _rows(leaves: Any) -> Iterator[tuple[str, ...]]:
             "×".join(map(str, shape)) or "scalar",
             "" if is_alone else f"×{len(group)}",
             "-" if dim < 0 else f"dim {dim}",
-            first.reason if is_alone else reason,
+            _near(first) if is_alone else reason,
         )
+
+
+def _near(leaf: Any) -> str:
+    """The reason, with what is named in it as seen from the parameter's parents."""
+    parents, text = leaf.path.split("/")[:-1], leaf.reason
+    for length in range(len(parents), 0, -1):
+        text = text.replace("/".join(parents[:length]) + "/", "")
+    return text
 
 
 def _any_number(text: str) -> str:
@@ -153,24 +161,23 @@ def _show_rules(written: Any, output: Output) -> None:
     """Writes what is to be pasted, and what cannot be said that way."""
     if written.axis_rules or written.path_rules:
         output.line("For the config, before other rules of these tables:", style="dim")
-        output.line()
         table = {
-            "axis_rules": dict(written.axis_rules),
+            "axis_rules": {n: axis or "" for n, axis in written.axis_rules.items()},
             "path_rules": _plain(written.path_rules),
         }
         kept = {name: rules for name, rules in table.items() if rules}
         output.line(dump_toml(kept).rstrip())
         output.line()
         output.line("For a program:", style="dim")
-        output.line()
-        for name, rules in kept.items():
-            rules = rules if name == "axis_rules" else dict(written.path_rules)
+        for name in kept:
+            rules = getattr(written, name)
             output.line(f"{name}={{")
             for key, value in rules.items():
                 output.line(f"    {key!r}: {value!r},")
             output.line("},")
-    for note in written.notes:
-        output.line()
+    for place, note in enumerate(written.notes):
+        if place or written.axis_rules or written.path_rules:
+            output.line()
         for line in textwrap.wrap(f"{note[0].upper()}{note[1:]}.", 98):
             output.line(line)
 

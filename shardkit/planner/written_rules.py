@@ -26,13 +26,14 @@ class WrittenRules:
     """Rules, to be put before others of their kind.
 
     Attributes:
-        axis_rules: Logical axis → `"tensor"`.
+        axis_rules: Logical axis → `"tensor"`, or None where a rule that there is would
+            cut what had better stay whole.
         path_rules: Glob over paths → a name for every dim: `"tensor"` where it cuts,
             and what was said already of the others.
         notes: What they change beside that, and what they cannot say.
     """
 
-    axis_rules: Mapping[str, str]
+    axis_rules: Mapping[str, str | None]
     path_rules: Mapping[str, Names]
     notes: tuple[str, ...]
 
@@ -78,7 +79,7 @@ def write_rules(
 
 def _by_name(
     own: Sequence[LeafAxes], dims: Sequence[int], axis_rules: AxisRules
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str | None], list[str]]:
     """Names of which all dims are cut, and what the others of their arrays lose."""
     cut: set[str] = set()
     whole: set[str] = set()
@@ -86,12 +87,15 @@ def _by_name(
         for place, name in enumerate(leaf.names or ()):
             if name is not None and not name.startswith(MESH) and leaf.shape[place] > 1:
                 (cut if place == dim else whole).add(name)
-    found = {name: _TENSOR for name in sorted(cut - whole)}
+    found: dict[str, str | None] = {name: _TENSOR for name in sorted(cut - whole)}
     notes = [
         f"{name} goes from fsdp to tensor: look at what fsdp cuts instead"
         for name in found
         if mesh_axis(name, axis_rules) == "fsdp"
     ]
+    for name in sorted(whole - cut):
+        if mesh_axis(name, axis_rules) == _TENSOR:
+            found[name] = None
     return found, notes
 
 
