@@ -1,5 +1,6 @@
 """`shardkit suggest`: rules for a config, to be pasted into it."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from shardkit.config import load
 from shardkit.events import EventLog
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "tensor-rules.md"
 SMALL = """
 [model]
 factory = "models.vit:build"
@@ -59,6 +61,15 @@ def test_it_needs_no_device():
     assert 'heads = "tensor"' in done.stdout
     # Two sums of every one of 16 layers, 2 rows of 2048 positions in bfloat16.
     assert re.search(r"all-reduce +32 +512 MiB", done.stdout)
+
+
+def test_the_page_shows_what_is_printed(suggest, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = PAGE.read_text().partition("--tensor 4\n")[2].partition("```")[0]
+    assert suggest("configs/vit.toml", "--tensor", "4") == shown
+    found = doctest.testfile(str(PAGE), module_relative=False)
+    assert found.attempted > 8
+    assert not found.failed
 
 
 def test_what_it_prints_can_be_pasted(suggest, write):

@@ -87,6 +87,9 @@ def _broadcast(eqn: core.JaxprEqn, dims: Dims, strands: Strands) -> Dims:
 def _reshape(eqn: core.JaxprEqn, dims: Dims, strands: Strands) -> Dims:
     """Of dims that become one, and of those that one becomes, the first is cut."""
     before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    if (order := eqn.params["dimensions"]) is not None:
+        # Another order than that of rows, as Fortran's, is gone through.
+        before, dims = tuple(before[i] for i in order), tuple(dims[i] for i in order)
     out = list(strands.new(after))
     for sources, targets in _groups(before, after):
         is_clear = len(sources) == 1 or len(targets) == 1

@@ -126,7 +126,7 @@ def _problem(strand: Strand) -> str:
     if num_rows > num_columns:
         return f"{num_rows} all-reduces for {num_columns} products that make it"
     if columns and not rows and _bytes(sums) > _SMALL_PART * _bytes(columns):
-        return "no product closes it, and its sums are not small beside it"
+        return "no product closes it"
     return "" if strand.divisor > 1 else "nothing divides all of its sizes"
 
 
