@@ -117,6 +117,21 @@ def shared_layers(params, batch):
     return x
 
 
+def encoder_decoder(params, batch):
+    def add(name, x, y):
+        q, k, v = (
+            heads(z @ params[f"{name}/{part}"])
+            for z, part in ((norm(x), "q"), (y, "k"), (y, "v"))
+        )
+        return x + flat(attend(q, k, v)) @ params[f"{name}/out"]
+
+    memory = add("encoder", batch["x"], norm(batch["x"]))
+    memory = norm(memory + mlp(params, norm(memory)))
+    x = params["table"][batch["label"]]
+    x = add("cross", add("decoder", x, norm(x)), memory)
+    return sk.nn.cross_entropy(norm(x) @ params["head"], batch["label"])
+
+
 def low_rank(params, batch):
     up = params["up"] + params["left"] @ params["right"]
     return batch["x"] + jax.nn.relu(batch["x"] @ up) @ params["down"]
@@ -191,6 +206,11 @@ def looped(params, batch):
 _MLP = {"up": (EMBED, MLP), "down": (MLP, EMBED)}
 _WIDE = HEADS * HEAD
 _QKV = {**dict.fromkeys("qkv", (EMBED, _WIDE)), "out": (_WIDE, EMBED)}
+_THREE = {
+    f"{name}/{part}": shape
+    for name in ("encoder", "decoder", "cross")
+    for part, shape in _QKV.items()
+}
 _ROW = 4 * ROWS * LENGTH * EMBED
 _PLACE = 4 * ROWS * LENGTH
 
@@ -243,6 +263,15 @@ CASES = {
         {**_QKV, **_MLP, "bias": (MLP,)},
         {"q": 1, "k": 1, "v": 1, "out": 0, "up": 1, "bias": 0, "down": 0},
         {"row": (4, 4 * _ROW)},
+    ),
+    "encoder_decoder": (
+        encoder_decoder,
+        {**_THREE, **_MLP, "table": (VOCAB, EMBED), "head": (EMBED, VOCAB)},
+        {
+            **{path: 0 if path.endswith("out") else 1 for path in _THREE},
+            **{"up": 1, "down": 0, "table": 0, "head": 1},
+        },
+        {"row": (4, 4 * _ROW), "lookup": (1, _ROW), "sum": (3, 3 * _PLACE)},
     ),
     "low_rank": (
         low_rank,
