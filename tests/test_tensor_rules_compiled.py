@@ -52,18 +52,24 @@ def check(model, microbatch, size, *, gradient=False, **rules):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2]])
-def test_collectives_are_those_predicted(name):
-    # The others' gradients are for long tests.
-    check(case(name), BATCH, 2, gradient=name in ("attention", "tied", "scanned"))
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("swiglu", 4), ("fused", 2), ("grouped", 2), ("parallel", 2)),
+        *(("hidden_norm", 4), ("experts", 2), ("labelled", 4)),
+    ],
+)
+def test_collectives_are_those_predicted(name, size):
+    # The other cases, and most gradients, are for long tests.
+    check(case(name), BATCH, size)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "labelled"])
-def test_so_they_are_on_four_devices(name):
-    check(case(name), BATCH, 4)
+@pytest.mark.parametrize("name", ["attention", "tied", "scanned"])
+def test_gradients_are_those_of_one_device(name):
+    check(case(name), BATCH, 2, gradient=True)
 
 
-@pytest.mark.parametrize("name", ["llama-scanned", "mlp", "vit"])
+@pytest.mark.parametrize("name", ["llama-scanned", "mlp"])
 def test_models_of_this_repository(name):
     make, microbatch, size = OURS[name]
     assert check(make(), microbatch, size).pairs
