@@ -22,6 +22,7 @@ __all__ = [
     "build_trainer",
     "call_factory",
     "device_pool",
+    "placement_rules",
     "resolve_factory",
 ]
 
@@ -227,6 +228,19 @@ def build_sampler(config: RunConfig) -> Callable[..., Any]:
     return sample
 
 
+def placement_rules(config: RunConfig, model: Any) -> dict[str, Any]:
+    """Returns `axis_rules`, the model's with the config's over them, and `path_rules`.
+
+    Empty text is None in both.
+    """
+    own = {name: axis or None for name, axis in config.axis_rules.items()}
+    paths = {
+        glob: tuple(name or None for name in names)
+        for glob, names in config.path_rules.items()
+    }
+    return {"axis_rules": {**model.axis_rules, **own}, "path_rules": paths}
+
+
 def _loss_scale(scale: float | None) -> Any:
     from shardkit.recipe import LossScale
 
@@ -282,7 +296,6 @@ def build_trainer(
         snapshot = sk.SnapshotConfig(every=config.snapshot.every)
     made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     params, _ = split_variables(made)
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
         init=model.init,
         loss=model.loss,
@@ -291,7 +304,7 @@ def build_trainer(
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
         combine=model.combine,
-        axis_rules={**model.axis_rules, **rules},
+        **placement_rules(config, model),
         num_microbatches=config.data.ramp,
         seed=config.train.seed,
         consistency=config.train.consistency,
