@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from shardkit.collectives import gather_pieces
 from shardkit.gradient import MicrobatchLoop
 from shardkit.keys import stream
+from shardkit.labels import label
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES
@@ -93,6 +94,7 @@ class DeviceWork:
             self.recipe.exact,
             self.combiner,
             self.recipe.noise_scale,
+            tuple(leaf.path for leaf in jax.tree.leaves(self.layout.params)),
         )
 
     def _gather(self, variables: Any) -> Any:
@@ -104,7 +106,9 @@ class DeviceWork:
         cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
         dims = [leaves[i].dim for i in cut]
         sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
-        wholes = gather_pieces([arrays[i] for i in cut], dims, sizes, self.shards)
+        names = [leaves[i].path for i in cut]
+        pieces = [arrays[i] for i in cut]
+        wholes = gather_pieces(pieces, dims, sizes, self.shards, names)
         for i, whole in zip(cut, wholes, strict=True):
             arrays[i] = whole
         # What follows must see parameters, not slices of a gathered buffer.
@@ -136,13 +140,14 @@ class DeviceWork:
             loss_scale=state.loss_scale and state.loss_scale[0],
         )
         localizer = Localizer(self.shards, zero := opaque_zero(state.step))
-        (state, metrics), (new_dims, _) = localizer(
-            self.recipe.update,
-            (state, grads, grad_exponent, model_state),
-            update_arguments(dims, lambda _: -1),
-            update_arguments(abstract, lambda x: x),
-        )
-        state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
+        with label("update"):
+            (state, metrics), (new_dims, _) = localizer(
+                self.recipe.update,
+                (state, grads, grad_exponent, model_state),
+                update_arguments(dims, lambda _: -1),
+                update_arguments(abstract, lambda x: x),
+            )
+            state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
         metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
         return state, metrics | {"gradient_passes": passes}
 

@@ -24,6 +24,7 @@ from shardkit.exact_sum import (
     peak_bits,
 )
 from shardkit.keys import step_key
+from shardkit.labels import label
 from shardkit.layout import state_shards
 from shardkit.mesh import BATCH_AXES
 from shardkit.microbatch import Grid
@@ -56,6 +57,7 @@ class MicrobatchLoop:
         exact: Whether sums keep their bits on every mesh.
         combiner: How the model's states that microbatches leave become one.
         noise: Whether the squares of microbatch gradients are summed too.
+        names: The paths of the parameters, to label their sums.
     """
 
     loss: Callable[..., Any]
@@ -65,6 +67,7 @@ class MicrobatchLoop:
     exact: bool = True
     combiner: Combiner = dataclasses.field(default_factory=Combiner)
     noise: bool = False
+    names: tuple[str, ...] = ()
 
     def evaluate(
         self, params: Any, model_state: Any, slots: Any, root: Array, step: Array
@@ -162,7 +165,8 @@ class MicrobatchLoop:
         for factor in factors:
             sums = [unfused(g * factor, zero) for g in sums]
         grads = [g.astype(p.dtype) for g, p in zip(sums, leaves, strict=True)]
-        states = self.combiner.finish(states, before, self._add_whole, zero)
+        with label("state"):
+            states = self.combiner.finish(states, before, self._add_whole, zero)
         after, grads = state_tree.unflatten(states), treedef.unflatten(grads)
         return out, after, grads, grad_exponent, passes
 
@@ -203,14 +207,16 @@ class MicrobatchLoop:
                 return limbs, peaks, kept
 
             limbs, peaks, kept = lax.fori_loop(0, count, body, empty)
-            return (limbs, lax.pmax(peaks, BATCH_AXES), kept), exponents, passes + 1
+            with label("range"):
+                peaks = lax.pmax(peaks, BATCH_AXES)
+            return (limbs, peaks, kept), exponents, passes + 1
 
         (limbs, peaks, kept), exponents, passes = lax.while_loop(
             outgrown, one_pass, (empty, exponents, jnp.int32(0))
         )
         num = len(leaves)
         limbs = [pair[0] for pair in limbs] + [pair[1] for pair in limbs]
-        limbs = self._add_over_devices(limbs, dims * 2)
+        limbs = self._add_over_devices(limbs, dims * 2, self.names * 2)
         sums = [
             jnp.where(
                 is_summable(peaks[n]),
@@ -238,7 +244,7 @@ class MicrobatchLoop:
 
         empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
         sums, kept = lax.fori_loop(0, count, body, (empty, kept))
-        return kept, self._add_over_devices(sums, dims)
+        return kept, self._add_over_devices(sums, dims, self.names)
 
     def _bounds(self) -> tuple[Array, Array]:
         """This device's first microbatch, and how many it computes."""
@@ -250,8 +256,10 @@ class MicrobatchLoop:
             (jnp.asarray(starts)[index], jnp.asarray(counts)[index])
         )
 
-    def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
-        return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")
+    def _add_over_devices(
+        self, arrays: list[Array], dims: list[int], names: tuple[str, ...] = ()
+    ) -> list[Array]:
+        return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data", names)
 
     def _add_whole(self, arrays: list[Array]) -> list[Array]:
         return self._add_over_devices(arrays, [-1] * len(arrays))
@@ -264,7 +272,9 @@ class MicrobatchLoop:
         """Adds the results of all microbatches, each known to one device."""
         # As integers, since adding 0.0 would turn -0.0 into 0.0.
         bits = lax.bitcast_convert_type(rows, jnp.int32)
-        rows = lax.bitcast_convert_type(lax.psum(bits, BATCH_AXES), jnp.float32)
+        with label("metrics"):
+            bits = lax.psum(bits, BATCH_AXES)
+        rows = lax.bitcast_convert_type(bits, jnp.float32)
         sums = exact_sum(rows, [1]) if self.exact else jnp.sum(rows, axis=1)
         return self.output.unflatten(list(sums))
 
