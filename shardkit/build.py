@@ -17,6 +17,7 @@ from shardkit.config import BUILT_IN_DATA, RunConfig, accepts, convert, suggest
 from shardkit.errors import ConfigError, ShardkitError
 
 __all__ = [
+    "axis_rules",
     "build_batches",
     "build_sampler",
     "build_trainer",
@@ -227,6 +228,12 @@ def build_sampler(config: RunConfig) -> Callable[..., Any]:
     return sample
 
 
+def axis_rules(config: RunConfig, model: Any) -> dict[str, str | None]:
+    """Returns the rules of a model, with a config's own in place of them."""
+    own = {name: axis or None for name, axis in config.axis_rules.items()}
+    return {**model.axis_rules, **own}
+
+
 def _loss_scale(scale: float | None) -> Any:
     from shardkit.recipe import LossScale
 
@@ -242,6 +249,7 @@ def build_trainer(
     snapshot: Any = None,
     speeds: Mapping[int, float] | None = None,
     probe: Any = None,
+    batches: tuple[Any, Any | None, str | None] | None = None,
 ) -> tuple[Any, str | None]:
     """Builds everything that a config names.
 
@@ -253,6 +261,7 @@ def build_trainer(
         snapshot: An `sk.SnapshotConfig`; None for what the config says.
         speeds: Device id → how fast it is beside the others.
         probe: What measures how fast this process is; None for nothing.
+        batches: What stands for the data of the config, as `build_batches` returns it.
 
     Returns:
         A `Trainer` that has not begun, and the digest of its corpus or None.
@@ -266,7 +275,7 @@ def build_trainer(
     from shardkit.model_state import split_variables
     from shardkit.optim import build_optimizer
 
-    train, valid, digest = build_batches(config)
+    train, valid, digest = batches or build_batches(config)
     model = call_factory(config.model.factory, config.model.options, where="model")
     evaluation = None
     if valid is not None:
@@ -282,7 +291,6 @@ def build_trainer(
         snapshot = sk.SnapshotConfig(every=config.snapshot.every)
     made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     params, _ = split_variables(made)
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
         init=model.init,
         loss=model.loss,
@@ -291,7 +299,7 @@ def build_trainer(
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
         combine=model.combine,
-        axis_rules={**model.axis_rules, **rules},
+        axis_rules=axis_rules(config, model),
         num_microbatches=config.data.ramp,
         seed=config.train.seed,
         consistency=config.train.consistency,

@@ -7,6 +7,7 @@ changes no program, only the names of its operations.
 import contextlib
 import re
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import unquote
 
 import jax
@@ -29,7 +30,7 @@ _RESERVED = re.compile(r"[%{},]|[^ -~]")
 
 def label(
     purpose: str, names: Sequence[str] = ()
-) -> contextlib.AbstractContextManager[None]:
+) -> contextlib.AbstractContextManager[Any]:
     """Labels the operations that are traced within.
 
     Args:

@@ -119,12 +119,11 @@ def _read_facts(config: RunConfig) -> ModelFacts:
         raise ConfigError(
             f"[model] {config.model.factory}: its parameters cannot be traced: {error}"
         ) from error
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
     facts = read_model(
         model,
         abstract_microbatch(config),
         build_optimizer(config.optimizer, split_variables(made)[0], config.data.ramp),
-        axis_rules={**model.axis_rules, **rules},
+        axis_rules=build.axis_rules(config, model),
     )
     if config.train.ema is not None:
         # The average is kept like a moment of every parameter.

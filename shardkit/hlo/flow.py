@@ -80,7 +80,9 @@ class Flow:
             waiting += reversed(fresh)
         return list(found)
 
-    def nearest_arguments(self, value: Value, most_steps: int = 12) -> list[Instruction]:
+    def nearest_arguments(
+        self, value: Value, most_steps: int = 12
+    ) -> list[Instruction]:
         """Lists the arguments that a value is made of, the fewest operations away."""
         layer, seen = self.sources(value), {value}
         for _ in range(most_steps):
@@ -149,7 +151,9 @@ class Flow:
         for name, instructions in self.module.computations.items():
             for each in instructions:
                 for call in each.calls():
-                    found.setdefault(call.name, []).append((Value(name, each.name), call))
+                    found.setdefault(call.name, []).append(
+                        (Value(name, each.name), call)
+                    )
         return found
 
     @functools.cached_property
@@ -167,8 +171,12 @@ class Flow:
         operands = [Value(where, name) for name in found.operand_names]
         opcode = found.opcode
         if opcode == "parameter":
+            if where == self.module.entry:
+                return None
             callers = self._callers.get(where, [])
-            return [x for c in callers for x in self._given(c, found.number, value.part)]
+            return [
+                x for c in callers for x in self._given(c, found.number, value.part)
+            ]
         if opcode == "tuple" and value.part >= 0:
             return operands[value.part : value.part + 1]
         if opcode == "get-tuple-element":
@@ -189,9 +197,7 @@ class Flow:
         is_moved |= opcode.removesuffix("-start").removesuffix("-done") in _EXCHANGES
         return operands if is_moved else None
 
-    def _given(
-        self, caller: tuple[Value, Call], number: int, part: int
-    ) -> list[Value]:
+    def _given(self, caller: tuple[Value, Call], number: int, part: int) -> list[Value]:
         """What a caller hands over as a parameter."""
         value, call = caller
         found = self.instruction(value)

@@ -1,9 +1,9 @@
 """Who takes part in a collective, and which mesh axes that spans.
 
 Owns reading groups in all the ways in which XLA spells them: listed, as a transposed
-range of numbers, over axes of a mesh of its own, or as pairs. Invariant: the axes follow
-from the groups themselves, whatever names the text has for them. Numbers are places in
-the order of the mesh, not ids of devices.
+range of numbers, over axes of a mesh of its own, or as pairs. Invariant: the axes
+follow from the groups themselves, whatever names the text has for them. Numbers are
+places in the order of the mesh, not ids of devices.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def span_of(attributes: str, mesh: Mapping[str, int]) -> Span:
         >>> str(span_of("replica_groups=[4,2]<=[2,4]T(1,0)", mesh))
         'data'
         >>> span_of("source_target_pairs={{0,1},{1,0}}", mesh)
-        Span(axes=('tensor',), group_size=2, is_whole=False)
+        Span(axes=('tensor',), group_size=2, is_whole=True)
     """
     size = math.prod(mesh.values())
     pairs = read_pairs(attributes)
@@ -74,13 +74,17 @@ def span_of(attributes: str, mesh: Mapping[str, int]) -> Span:
     varied: set[int] = set()
     is_whole = True
     for group in groups:
-        places = np.array(np.unravel_index(np.array(group), shape)).reshape(-1, len(group))
+        places = np.array(np.unravel_index(np.array(group), shape)).reshape(
+            -1, len(group)
+        )
         differ = {d for d, row in enumerate(places) if len(set(row.tolist())) > 1}
         is_whole &= math.prod(shape[d] for d in differ) == len(group)
         varied |= differ
     largest = max(map(len, groups))
     # Where groups span different axes, none of them has all devices along all.
     is_whole &= math.prod(shape[d] for d in varied) == largest
+    # Pairs say who sends to whom, and need not join all.
+    is_whole |= pairs is not None
     return Span(tuple(names[d] for d in sorted(varied)), largest, is_whole)
 
 
@@ -94,9 +98,7 @@ def read_groups(attributes: str, num_devices: int) -> Groups | None:
         [(0, 2), (1, 3)]
     """
     if found := _LISTED.search(attributes):
-        listed = [
-            _integers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])
-        ]
+        listed = [_integers(group) for group in re.findall(r"\{([\d,]*)\}", found[1])]
         return listed or [tuple(range(num_devices))]
     if found := _IOTA.search(attributes):
         places = _permuted(_integers(found[2]), found[3])

@@ -143,6 +143,11 @@ class Module:
             (i for i in found if i.opcode == "parameter"), key=lambda i: i.number
         )
 
+    @property
+    def results(self) -> list[Instruction]:
+        """What the program returns: one instruction, which can be a tuple."""
+        return [i for i in self.computations.get(self.entry, []) if i.is_root]
+
     def frames(self, instruction: Instruction) -> list[Frame]:
         """Returns the lines that an instruction comes from, the innermost first."""
         metadata = instruction.metadata
