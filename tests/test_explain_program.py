@@ -96,8 +96,8 @@ def scan(x, ws):
 X, W, UP, DOWN = (64, 32), (32, 16), (32, 128), (128, 16)
 DATA, TENSOR = P("data", None), P(None, "tensor")
 
-# Function, arguments, result's sharding → collectives: kind, axes, count, bytes of each,
-# cause, names, and words of the line that is to blame.
+# Function, arguments, result's sharding → collectives: kind, axes, count, bytes of
+# each, cause, names, and words of the line that is to blame.
 KNOWN = {
     "a weight is needed whole": (
         (matmul, (X, DATA), (W, P("tensor", None))),
@@ -314,9 +314,13 @@ def test_older_text_has_its_lines_in_the_instructions():
     text = """
 ENTRY %main (x: f32[4]) -> f32[16] {
   %x = f32[4]{0} parameter(0), metadata={op_name="p[\\'w\\']"}
-  ROOT %all = f32[16]{0} all-gather(%x), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="jit(f)/dot_general" source_file="a \\"b\\".py" source_line=7}
+  ROOT %all = f32[16]{0} all-gather(%x), replica_groups={{0,1,2,3}}, METADATA
 }
 """
+    metadata = (
+        r"""op_name="jit(f)/dot_general" source_file="a \"b\".py" source_line=7"""
+    )
+    text = text.replace("METADATA", f"dimensions={{0}}, metadata={{{metadata}}}")
     found = sk.explain_program(text, {"data": 1, "tensor": 4})
     [each] = found.exchanged
     assert each.parts[0].source == 'a "b".py:7'

@@ -103,9 +103,8 @@ def draw(title: str, layout: Layout) -> Picture:
         holders.setdefault(layout.box(id), []).append(id)
     empty = [box for box in holders if any(a == b for a, b in box)]
     # Of an empty leaf all pieces are.
-    padding_ids = [
-        id for box in empty if len(holders) > len(empty) for id in holders.pop(box)
-    ]
+    empty = empty if len(empty) < len(holders) else []
+    padding_ids = sorted(id for box in empty for id in holders.pop(box))
     boxes = sorted(holders)
     cells = {box: Cell(n, tuple(holders[box])) for n, box in enumerate(boxes)}
     row, column = _shown(layout)
