@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import shardkit as sk
 from shardkit.hlo import find_collectives, parse_module
 from shardkit.hlo.groups import read_groups, span_of
+from shardkit.labels import label
 
 SIZES = {"data": 2, "tensor": 4}
 P = PartitionSpec
@@ -380,3 +381,42 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """
     [parameter] = parse_module(text).parameters
     assert parameter.op_name == "a}\"b'{c"
+
+
+def test_beside_a_labelled_collective_what_the_partitioner_adds_is_told(mesh):
+    """Manual over one axis, with the other left to the compiler, as a step can be."""
+
+    def step(x, up, down):
+        with label("gather", ["params/up"]):
+            up = lax.all_gather(up, "data", tiled=True)
+        hidden = jnp.tanh(x @ up)
+        out = hidden @ down
+        with label("metrics"):
+            return lax.psum((out * out).sum(), "data")
+
+    fn = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P("data"), P("data"), P()),
+        out_specs=P(),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    specs = (X, DATA), (UP, P("data", "tensor")), (DOWN, TENSOR)
+    abstract = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in specs
+    ]
+    found = sk.explain_program(jax.jit(fn).lower(*abstract).compile(), mesh)
+    told = {(e.kind, str(e.span), p.cause) for e in found.exchanged for p in e.parts}
+    assert told == {
+        ("all-gather", "data", "gather"),
+        ("all-gather", "tensor", "resharding"),
+        ("all-reduce", "tensor", "partial"),
+        ("all-reduce", "data", "metrics"),
+    }
+    [gather] = [e for e in found.exchanged if e.parts[0].cause == "gather"]
+    assert gather.parts[0].names == ("params/up",)
+    remedies = [each.remedy for each in found.reshardings]
+    assert any("cut down (now P(None, 'tensor')) by tensor" in x for x in remedies)
+    assert all("up P('data', 'tensor')" in x or "up: P('data'" in x for x in remedies)

@@ -6,14 +6,16 @@ a cause is in the program's text. What could be done about it is `advice`'s busi
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from shardkit.explain.arguments import Argument
 from shardkit.hlo import Exchange, Module, find_exchanges, shape_bytes
 from shardkit.hlo.flow import Flow, Value
 from shardkit.hlo.groups import Span, span_of
-from shardkit.hlo.text import Frame, shape_parts
+from shardkit.hlo.text import Frame, Instruction, shape_parts
 from shardkit.labels import PURPOSES, read_label
+from shardkit.mesh import BATCH_AXES
 
 __all__ = ["CAUSES", "Exchanged", "Part", "list_exchanged", "operation", "place_of"]
 
@@ -37,6 +39,8 @@ _LOOKUPS = {
     *("gather", "dynamic_slice", "dynamic_update_slice", "concatenate", "pad"),
     *("slice", "scatter", "take"),
 }
+# What is done within them has names of its own.
+_AROUND = {"shard_map", "while", "body", "cond", "closed_call", "checkpoint"}
 _INSTALLED = ("/site-packages/", "/dist-packages/", "/lib/python")
 
 
@@ -115,14 +119,12 @@ def list_exchanged(
         mesh: Axis → size, the outermost first.
         arguments: Those of the program.
     """
-    return [
-        Exchanged(
-            exchange=each,
-            span=span_of(each.instruction.attributes, mesh),
-            parts=tuple(_parts(each, flow, arguments)),
-        )
-        for each in find_exchanges(module)
-    ]
+    found = []
+    for each in find_exchanges(module):
+        span = span_of(each.instruction.attributes, mesh)
+        reader = _Reader(each, span, flow, arguments)
+        found.append(Exchanged(exchange=each, span=span, parts=tuple(reader.parts())))
+    return found
 
 
 def operation(op_name: str) -> str:
@@ -133,7 +135,8 @@ def operation(op_name: str) -> str:
         ('dot_general', '')
     """
     last = op_name.rpartition("/")[2].strip("()")
-    return last if "/" in op_name and last.isidentifier() else ""
+    is_one = "/" in op_name and last.isidentifier() and last not in _AROUND
+    return last if is_one else ""
 
 
 def place_of(frames: Sequence[Frame]) -> str:
@@ -143,89 +146,95 @@ def place_of(frames: Sequence[Frame]) -> str:
     return f"{chosen.file}:{chosen.line}" if chosen else ""
 
 
-def _parts(exchange: Exchange, flow: Flow, arguments: Sequence[Argument]) -> list[Part]:
-    found, where = exchange.instruction, exchange.computation
-    operands = found.operand_names
-    shapes = shape_parts(exchange.end.shape)
-    is_split = exchange.kind in ("all-to-all", "ragged-all-to-all")
-    if len(operands) < 2 or len(shapes) != len(operands) or is_split:
-        # Several operands of an all-to-all are pieces of one array.
-        return [_part(exchange, "", operands, flow, arguments, exchange.num_bytes)]
-    inputs = [flow.instruction(Value(where, name)).shape for name in operands]
-    sizes = [max(map(shape_bytes, x)) for x in zip(inputs, shapes, strict=True)]
-    taken = {
-        i.number: i.op_name
-        for i in flow.module.computations[where]
-        if i.opcode == "get-tuple-element" and i.operand_names == [exchange.end.name]
-    }
-    # What was joined keeps a name of its own only where it is taken out again.
-    return [
-        dataclasses.replace(
-            _part(exchange, taken.get(n, ""), [name], flow, arguments, size, n),
-            shape=shape,
-        )
-        for n, (name, shape, size) in enumerate(
-            zip(operands, shapes, sizes, strict=True)
-        )
-    ]
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the parts of one collective."""
 
+    exchange: Exchange
+    span: Span
+    flow: Flow
+    arguments: Sequence[Argument]
 
-def _part(
-    exchange: Exchange,
-    op_name: str,
-    operands: Sequence[str],
-    flow: Flow,
-    arguments: Sequence[Argument],
-    num_bytes: int,
-    number: int = -1,
-) -> Part:
-    found, where = exchange.instruction, exchange.computation
-    op_name = op_name or found.op_name
-    values = [Value(where, name) for name in operands]
-    labelled = read_label(op_name)
-    primitive = operation(op_name)
-    cause = _cause(exchange, primitive, bool(labelled))
-    if labelled and cause == "program":
-        cause = labelled[0]
-    names = labelled[1] if labelled else ()
-    if not names and cause not in ("metrics", "range", "update"):
-        numbers = dict.fromkeys(
-            i.number for value in values for i in flow.nearest_arguments(value)
-        )
-        names = tuple(arguments[number].name for number in numbers)
-    frames = flow.module.frames(found)
-    if number >= 0:
-        frames = _frames_taken(exchange, flow, number) or frames
-    end = Value(where, exchange.end.name, number)
-    if not frames or not primitive:
-        near = [x for x in flow.uses(end) if not flow.is_result(x)]
+    def parts(self) -> Iterator[Part]:
+        exchange = self.exchange
+        operands = exchange.instruction.operand_names
+        shapes = shape_parts(exchange.end.shape)
+        is_split = exchange.kind in ("all-to-all", "ragged-all-to-all")
+        if len(operands) < 2 or len(shapes) != len(operands) or is_split:
+            # Several operands of an all-to-all are pieces of one array.
+            yield self.part(operands, ", ".join(shapes), exchange.num_bytes)
+            return
+        for number, (name, shape) in enumerate(zip(operands, shapes, strict=True)):
+            given = self.flow.instruction(self.value(name)).shape
+            size = max(shape_bytes(given), shape_bytes(shape))
+            yield self.part([name], shape, size, number)
+
+    def part(
+        self, operands: Sequence[str], shape: str, num_bytes: int, number: int = -1
+    ) -> Part:
+        """Reads what these operands become: all of it, or one array of several."""
+        exchange, flow = self.exchange, self.flow
+        # What was joined keeps a name of its own only where it is taken out again.
+        told = self.taken(number) or exchange.instruction
+        op_name = told.op_name or exchange.instruction.op_name
+        labelled = read_label(op_name)
+        cause = self.cause(operation(op_name), bool(labelled))
+        names: tuple[str, ...] = ()
+        if labelled and cause == "program":
+            cause, names = labelled
+        values = [self.value(name) for name in operands]
+        if not names and cause not in ("metrics", "range", "update"):
+            numbers = dict.fromkeys(
+                i.number for value in values for i in flow.nearest_arguments(value)
+            )
+            names = tuple(self.arguments[number].name for number in numbers)
+        # Where it says nothing itself, those that use it do, or those that make it.
+        near = [x for x in flow.uses(self.end(number)) if not flow.is_result(x)]
         near += [x for value in values for x in flow.sources(value)]
-        told = [flow.instruction(x) for x in near]
-        frames = frames or next(filter(None, map(flow.module.frames, told)), [])
-        primitives = (operation(x.op_name) for x in told)
-        primitive = primitive or next(filter(None, primitives), "")
-    return Part(
-        shape=", ".join(shape_parts(exchange.end.shape)),
-        num_bytes=num_bytes,
-        cause=cause,
-        names=names,
-        operation=primitive,
-        frames=tuple(frames),
-    )
+        tellers = [told, exchange.instruction, *map(flow.instruction, near)]
+        operations = (operation(x.op_name) for x in tellers)
+        frames = map(flow.module.frames, tellers)
+        return Part(
+            shape=shape,
+            num_bytes=num_bytes,
+            cause=cause,
+            names=names,
+            operation=next(filter(None, operations), ""),
+            frames=tuple(next(filter(None, frames), ())),
+        )
 
+    def value(self, name: str) -> Value:
+        return Value(self.exchange.computation, name)
 
-def _frames_taken(exchange: Exchange, flow: Flow, number: int) -> list[Frame]:
-    for each in flow.module.computations[exchange.computation]:
-        is_taken = each.operand_names == [exchange.end.name] and each.number == number
-        if each.opcode == "get-tuple-element" and is_taken:
-            return flow.module.frames(each)
-    return []
+    def end(self, number: int) -> Value:
+        return dataclasses.replace(self.value(self.exchange.end.name), part=number)
 
+    def taken(self, number: int) -> Instruction | None:
+        """Returns what takes one array out of those that travel together."""
+        for each in self.flow.module.computations[self.exchange.computation]:
+            is_taken = each.operand_names == [self.exchange.end.name]
+            if each.opcode == "get-tuple-element" and is_taken:
+                if each.number == number:
+                    return each
+        return None
 
-def _cause(exchange: Exchange, primitive: str, is_labelled: bool) -> str:
-    is_made = 'is_spmd_generated="true"' in exchange.instruction.attributes
-    if not is_made and (primitive in _PRIMITIVES or (is_labelled and not primitive)):
-        return "program"
-    if exchange.kind in ("all-reduce", "reduce-scatter"):
-        return "lookup" if primitive in _LOOKUPS else "partial"
-    return "resharding"
+    def cause(self, primitive: str, is_labelled: bool) -> str:
+        if primitive in _PRIMITIVES:
+            # What the partitioner adds beside a collective has the name of that. A
+            # step exchanges nothing by itself but along the axes of the batch.
+            is_own = not {*(self.span.axes or ())} - {*BATCH_AXES}
+            if is_own if is_labelled else not self.is_added:
+                return "program"
+        if self.exchange.kind in ("all-reduce", "reduce-scatter"):
+            return "lookup" if primitive in _LOOKUPS else "partial"
+        return "resharding"
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the partitioner has added it, and no program said it."""
+        attributes = self.exchange.instruction.attributes
+        if 'is_spmd_generated="true"' in attributes:
+            return True
+        # Before JAX 0.12 it is not marked, but JAX's own all have the first channel.
+        found = re.search(r"\bchannel_id=(\d+)", attributes)
+        return found is not None and int(found[1]) > 1
