@@ -77,7 +77,7 @@ def test_tables(explain, path):
     assert "none that nobody asked for" in said
     assert "cut by fsdp only, and whole along data" in said
     # 14 microbatches in 3 rounds of 6 devices.
-    assert "14, 2 to 3 on each device: 22.2% of the devices' time" in said
+    assert "14, 2 to 3 on a device: 22.2% of the time is waiting" in said
     assert "XLA tells: arguments" in said
     assert "padded" in said
 
@@ -121,7 +121,9 @@ def test_what_is_forbidden_is_named_and_has_a_code_of_its_own(explain, path):
     assert line == "--forbid 'all-gather@fsdp>1B' is broken:"
     offending = said.split(line)[1]
     assert "all-gather over fsdp" in offending
-    assert re.search(r"shardkit/\w+\.py:\d+, of params/", offending)
+    assert re.search(
+        r"at shardkit/\w+\.py:\d+\n  parameters made whole, of params", offending
+    )
     assert "resharding" not in offending
     assert "none of 1 rules" in explain(path, "--forbid", "all-gather@tensor")
     found = explain(path, "--forbid", "reduce-scatter", "--json", code=4)

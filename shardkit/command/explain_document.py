@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardkit.command.explain_job import Job
-from shardkit.command.explain_rows import padded
 from shardkit.command.output import clean
 from shardkit.explain.arguments import Argument
 from shardkit.explain.exchanges import CAUSES, Exchanged
@@ -23,7 +22,6 @@ def document(
 ) -> dict[str, Any]:
     """Returns all of it as plain values."""
     program, memory = job.program, job.program.memory
-    lost = padded(job.leaves)
     return {
         "config": title,
         "devices": job.num_devices,
@@ -41,7 +39,7 @@ def document(
             for x in program.reshardings
         ],
         "leaves": [_leaf(leaf) for leaf in job.leaves],
-        "padding_bytes": sum(x.padding_bytes * x.num_copies for x in lost),
+        "padding_bytes": sum(x.padding_bytes * x.num_copies for x in job.leaves),
         "microbatches": {
             "num": job.idle.num_microbatches,
             "counts": list(job.idle.counts),

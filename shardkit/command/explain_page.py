@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shardkit.command.explain_job import Job
 from shardkit.command.explain_pictures import Alike
-from shardkit.command.explain_rows import argument_rows, facts, held_rows, padded
+from shardkit.command.explain_rows import argument_rows, facts, held_rows, padded_rows
 from shardkit.command.output import clean
 from shardkit.explain.exchanges import Exchanged
 from shardkit.explain.forbid import Rule
@@ -67,7 +67,7 @@ def render_page(title: str, job: Job, groups: Sequence[Alike], broken: Broken) -
         *([_reshardings_card(job)] if num else []),
         _held_card(job),
         _memory_card(job),
-        *([_padding_card(job)] if padded(job.leaves) else []),
+        *([_padding_card(job)] if padded_rows(job.leaves) else []),
         _pictures_card(groups),
     )
     return document(heading, main, {})
@@ -115,9 +115,12 @@ def _exchanges_card(job: Job) -> Markup:
         for row in exchange_rows(job.program.exchanged)
     ]
     header = ["collective", "axis", "count", "bytes", "for", "source", "of what"]
-    classes = ["name", "name", "right", "right", "text", "text", "text"]
+    classes = ["name", "name", "right", "right", "name", "name", "name"]
     inner = table(header, rows, classes) if rows else tag("p", "nothing")
-    return card("What devices exchange", inner, note="in a step, on each device")
+    words = "+ travels with another in one collective"
+    is_joined = any(not row.count for row in exchange_rows(job.program.exchanged))
+    more = tag("p", words, class_="caption") if is_joined else None
+    return card("What devices exchange", inner, more, note="in a step, on a device")
 
 
 def _folded(names: Sequence[str]) -> Markup | str:
@@ -196,15 +199,16 @@ def _memory_card(job: Job) -> Markup:
 def _padding_card(job: Job) -> Markup:
     rows = [
         (
-            leaf.path,
-            "×".join(map(str, leaf.layout.shape)),
-            format_bytes(leaf.padding_bytes * leaf.num_copies),
-            f"{leaf.padded_part:.1%}",
+            _folded([leaf.path for leaf in row.leaves]),
+            *row.shapes,
+            format_bytes(row.lost_bytes),
+            f"{row.part:.1%}",
         )
-        for leaf in padded(job.leaves)
+        for row in padded_rows(job.leaves)
     ]
-    header = ["leaf", "shape", "lost on all devices", "part of it"]
-    return card("Padding", table(header, rows, ["text", "text", "right", "right"]))
+    header = ["leaves", "shape", "lies as", "on all devices", "part of each"]
+    classes = ["text", "text", "text", "right", "right"]
+    return card("Padding", table(header, rows, classes))
 
 
 def _pictures_card(groups: Sequence[Alike]) -> Markup:

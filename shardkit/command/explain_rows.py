@@ -14,10 +14,11 @@ from shardkit.report.terminal import format_bytes, format_mesh
 __all__ = [
     "ArgumentRow",
     "HeldRow",
+    "PaddedRow",
     "argument_rows",
     "facts",
     "held_rows",
-    "padded",
+    "padded_rows",
     "spell_counts",
 ]
 
@@ -80,10 +81,44 @@ def held_rows(leaves: Iterable[PlacedLeaf]) -> list[HeldRow]:
     return sorted(rows, key=lambda row: -row.extra_bytes)
 
 
-def padded(leaves: Iterable[PlacedLeaf]) -> list[PlacedLeaf]:
-    """Lists the leaves with padding, those that lose most first."""
-    found = [leaf for leaf in leaves if leaf.padding_bytes]
-    return sorted(found, key=lambda leaf: -leaf.padding_bytes)
+@dataclasses.dataclass(frozen=True)
+class PaddedRow:
+    """Leaves of one shape that are padded alike.
+
+    Attributes:
+        leaves: They.
+    """
+
+    leaves: tuple[PlacedLeaf, ...]
+
+    @property
+    def shapes(self) -> tuple[str, str]:
+        """The shape of each, and that with its padding."""
+        layout = self.leaves[0].layout
+        pairs = zip(layout.piece_shape, layout.counts, strict=True)
+        physical = [piece * count for piece, count in pairs]
+        return "×".join(map(str, layout.shape)), "×".join(map(str, physical))
+
+    @property
+    def lost_bytes(self) -> int:
+        """Padding of them on all devices."""
+        return sum(x.padding_bytes * x.num_copies for x in self.leaves)
+
+    @property
+    def part(self) -> float:
+        """Which part of the memory of each is padding."""
+        return self.leaves[0].padded_part
+
+
+def padded_rows(leaves: Iterable[PlacedLeaf]) -> list[PaddedRow]:
+    """Joins leaves with padding that lie alike, those that lose most first."""
+    found: dict[object, list[PlacedLeaf]] = {}
+    for leaf in leaves:
+        if leaf.padding_bytes:
+            key = leaf.layout.shape, leaf.layout.itemsize, leaf.layout.cuts
+            found.setdefault(key, []).append(leaf)
+    rows = [PaddedRow(tuple(each)) for each in found.values()]
+    return sorted(rows, key=lambda row: -row.lost_bytes)
 
 
 def argument_rows(arguments: Sequence[Argument]) -> list[ArgumentRow]:
@@ -141,14 +176,14 @@ def _spell_idle(idle: Idle) -> str:
     words = f"{idle.num_microbatches}, {spell_counts(idle.counts)}"
     if not idle.num_waiting:
         return f"{words}: nobody waits"
-    return f"{words}: {idle.idle_part:.1%} of the devices' time is spent waiting"
+    return f"{words}: {idle.idle_part:.1%} of the time is waiting"
 
 
 def spell_counts(counts: Sequence[int]) -> str:
     """Says how many microbatches each group computes.
 
     >>> spell_counts([3, 3, 2]), spell_counts([2, 2])
-    ('2 to 3 on each device', '2 on each device')
+    ('2 to 3 on a device', '2 on a device')
     """
     low, high = min(counts), max(counts)
-    return f"{low} on each device" if low == high else f"{low} to {high} on each device"
+    return f"{low if low == high else f'{low} to {high}'} on a device"

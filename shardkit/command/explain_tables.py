@@ -3,11 +3,11 @@
 Owns the words and the order. It computes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from shardkit.command.explain_job import Job
 from shardkit.command.explain_pictures import Alike
-from shardkit.command.explain_rows import argument_rows, facts, held_rows, padded
+from shardkit.command.explain_rows import argument_rows, facts, held_rows, padded_rows
 from shardkit.command.output import Output
 from shardkit.explain.exchanges import Exchanged
 from shardkit.explain.forbid import Rule
@@ -19,7 +19,6 @@ from shardkit.explain.tables import (
     spell_names,
     temporary_rows,
 )
-from shardkit.layout import Layout
 from shardkit.report.terminal import format_bytes
 
 __all__ = ["show", "show_broken"]
@@ -67,10 +66,11 @@ def show_broken(
     for rule, offending in broken:
         output.line(f"--forbid {rule.text!r} is broken:", style="bold red")
         for row in exchange_rows(offending):
-            what = f"{row.kind} over {row.axis}, {format_bytes(row.num_bytes)}"
-            names = f", of {spell_names(row.names, 6)}" if row.names else ""
-            source = f" at {row.source}" if row.source else ""
-            output.line(f"  {what}: {row.words}{source}{names}")
+            place = f" at {row.source}" if row.source else ""
+            size = format_bytes(row.num_bytes)
+            output.line(f"  {row.kind} over {row.axis}, {size}{place}")
+            names = f", of {spell_names(row.names, _MOST_NAMES)}" if row.names else ""
+            output.prose(f"{row.words}{names}")
 
 
 def _show_exchanges(job: Job, output: Output) -> None:
@@ -78,7 +78,9 @@ def _show_exchanges(job: Job, output: Output) -> None:
     if not rows:
         output.line("Nothing is exchanged in a step.")
         return
-    several = list(dict.fromkeys(row.names for row in rows if len(row.names) > 2))
+    # Where there is little room, lists of names stand below.
+    most = 0 if output.is_narrow else 2
+    several = list(dict.fromkeys(row.names for row in rows if len(row.names) > most))
     output.table(
         ["collective", "axis", "count", "bytes", "for", "source", "of what"],
         [
@@ -88,21 +90,30 @@ def _show_exchanges(job: Job, output: Output) -> None:
                 f"{row.count}" if row.count else "",
                 format_bytes(row.num_bytes),
                 row.words,
-                row.source,
+                _place(row.source, output),
                 _names(row, several),
             )
             for row in rows
         ],
         right=[2, 3],
     )
+    if any(not row.count for row in rows):
+        output.prose("+ travels with another in one collective")
     for number, names in enumerate(several, start=1):
         output.prose(f"[{number}] {spell_names(names, _MOST_NAMES)}")
+
+
+def _place(source: str, output: Output) -> str:
+    """Names a line, where there is little room without its directory."""
+    return source.rpartition("/")[2] if output.is_narrow else source
 
 
 def _names(row: ExchangeRow, several: list[tuple[str, ...]]) -> str:
     if row.names not in several:
         return ", ".join(row.names)
-    return f"{len(row.names)} leaves [{several.index(row.names) + 1}]"
+    num = len(row.names)
+    what = "leaf" if num == 1 else "leaves"
+    return f"{num} {what} [{several.index(row.names) + 1}]"
 
 
 def _show_reshardings(job: Job, output: Output) -> None:
@@ -153,7 +164,7 @@ def _show_memory(job: Job, output: Output) -> None:
                 f"{row.count} ×" if row.count > 1 else "",
                 format_bytes(row.num_bytes),
                 row.like.operation,
-                row.like.source,
+                _place(row.like.source, output),
                 _sharing(row.like.num_sharing),
             )
             for row in temporary_rows(memory)[:_MOST_ROWS]
@@ -179,28 +190,22 @@ def _sharing(num: int | None) -> str:
 
 
 def _show_padding(job: Job, output: Output) -> None:
-    rows = padded(job.leaves)
+    rows = padded_rows(job.leaves)
     if not rows:
         return
     output.line()
     output.table(
-        ["padded", "shape", "lies as", "lost on all devices", "part"],
+        ["padded", "shape", "lies as", "on all devices", "part"],
         [
             (
-                leaf.path,
-                "×".join(map(str, leaf.layout.shape)),
-                "×".join(map(str, _physical(leaf.layout))),
-                format_bytes(leaf.padding_bytes * leaf.num_copies),
-                f"{leaf.padded_part:.1%}",
+                spell_names([leaf.path for leaf in row.leaves], 1),
+                *row.shapes,
+                format_bytes(row.lost_bytes),
+                f"{row.part:.1%}",
             )
-            for leaf in rows[:_MOST_ROWS]
+            for row in rows[:_MOST_ROWS]
         ],
         right=[3, 4],
     )
     if len(rows) > _MOST_ROWS:
         output.prose(f"and {len(rows) - _MOST_ROWS} more; --json has all")
-
-
-def _physical(layout: Layout) -> Iterator[int]:
-    pairs = zip(layout.piece_shape, layout.counts, strict=True)
-    return (piece * count for piece, count in pairs)

@@ -111,7 +111,10 @@ def _side_by_side(buffers: list[Buffer], flow: Flow) -> list[Temporary]:
     for each in sorted(buffers, key=lambda b: (-b.num_bytes, b.start)):
         if len(chosen) == _MOST or not each.num_bytes:
             break
-        if not any(each.overlaps(other) for other in chosen):
+        shape = flow.instruction(Value(each.computation, each.name)).shape
+        # A tuple itself is a list of places.
+        is_list = each.part < 0 and shape.startswith("(")
+        if not is_list and not any(each.overlaps(other) for other in chosen):
             chosen.append(each)
     return [
         _temporary(

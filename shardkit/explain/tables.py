@@ -97,7 +97,7 @@ def _row(exchanged: Exchanged, part: Part) -> ExchangeRow:
     # Of several arrays in one collective, the first stands for it.
     is_first = part is exchanged.parts[0]
     return ExchangeRow(
-        kind=exchanged.kind if is_first else f"{exchanged.kind}, joined",
+        kind=exchanged.kind if is_first else f"{exchanged.kind} +",
         axis=str(exchanged.span) or "none",
         count=count if is_first else 0,
         num_bytes=count * part.num_bytes,
