@@ -5,7 +5,6 @@ what neither the text nor the executable tells is None.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,10 +40,6 @@ class Argument:
         """Writes its `PartitionSpec` if these axes no longer cut it."""
         kept = [tuple(a for a in cut if a not in axes) for cut in self.spec or ()]
         return spell_spec(kept)
-
-    def num_pieces(self, mesh: Mapping[str, int]) -> int:
-        """Into how many different pieces the mesh cuts it."""
-        return math.prod(mesh[axis] for cut in self.spec or () for axis in cut)
 
 
 def spell_spec(spec: Any) -> str:
