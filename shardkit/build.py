@@ -256,6 +256,7 @@ def build_trainer(
     snapshot: Any = None,
     speeds: Mapping[int, float] | None = None,
     probe: Any = None,
+    batches: tuple[Any, Any | None, str | None] | None = None,
 ) -> tuple[Any, str | None]:
     """Builds everything that a config names.
 
@@ -267,6 +268,7 @@ def build_trainer(
         snapshot: An `sk.SnapshotConfig`; None for what the config says.
         speeds: Device id → how fast it is beside the others.
         probe: What measures how fast this process is; None for nothing.
+        batches: What stands for the data of the config, as `build_batches` returns it.
 
     Returns:
         A `Trainer` that has not begun, and the digest of its corpus or None.
@@ -280,7 +282,7 @@ def build_trainer(
     from shardkit.model_state import split_variables
     from shardkit.optim import build_optimizer
 
-    train, valid, digest = build_batches(config)
+    train, valid, digest = batches or build_batches(config)
     model = call_factory(config.model.factory, config.model.options, where="model")
     evaluation = None
     if valid is not None:

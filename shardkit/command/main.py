@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from shardkit.command import (
     chaos_verb,
     diff_verb,
+    explain_verb,
     export_verb,
     import_verb,
     inspect_verb,
@@ -47,6 +48,7 @@ _VERBS = {
 _COMMANDS = {
     "plan": plan_verb,
     "suggest": suggest_verb,
+    "explain": explain_verb,
     "launch": launch_verb,
     "status": status_verb,
     "chaos": chaos_verb,
