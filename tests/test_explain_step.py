@@ -193,3 +193,9 @@ def test_waiting_is_counted_as_rounds_without_work(num, count):
     rounds = -(-num // count)
     assert found.num_waiting == rounds * count - num
     assert found.idle_part == pytest.approx(1 - num / (rounds * count))
+
+
+def test_what_an_axis_of_a_group_does_not_divide_is_told():
+    leaf = LeafLayout("params/w", (8, 5), FLOAT, -1, (None, "mlp"), (("tensor", 1),))
+    [found] = place_leaves([leaf], places(tensor=2), {"mlp": "tensor"})
+    assert found.reason == "'mlp' goes to tensor: 2 does not divide 5"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from shardkit.layout import Layout, LeafLayout
 from shardkit.logical_axes import AxisRules, mesh_axis
-from shardkit.mesh import BATCH_AXES
+from shardkit.mesh import BATCH_AXES, GROUP_AXES
 from shardkit.microbatch import Grid
 from shardkit.places import Places
 from shardkit.state import find_place
@@ -166,6 +166,9 @@ def _uncut(leaf: LeafLayout, sizes: dict[str, int], rules: AxisRules) -> list[st
             found.append(f"dim {dim}, {name!r}, has size {leaf.shape[dim]}")
         elif sizes.get(axis, 1) == 1:
             found.append(f"{name!r} goes to {axis}, of size 1 on this mesh")
+        elif axis in GROUP_AXES and leaf.shape[dim] % sizes[axis]:
+            size = leaf.shape[dim]
+            found.append(f"{name!r} goes to {axis}: {sizes[axis]} does not divide {size}")
         else:
             found.append(f"{name!r} goes to {axis}, which cuts no state")
     return found
