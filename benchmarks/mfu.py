@@ -5,8 +5,8 @@
 The rivals are loops by `jax.jit` with specs picked by hand: all state cut as ours
 and gathered once, and all state on every device; the better of them in each round's
 median is what shardkit is measured against. Ours runs on meshes of the devices, exact
-and fast, and with `optimizer`, `activations` or `both` in host memory if these are named
-after it. All are timed in turn within each round. FLOPs are those of the products of a
+and fast, and with `optimizer`, `activations` or `both` in host memory if so named
+after it. All are timed in turn within each round. FLOPs are those of products of a
 loss, three times, whatever is computed again.
 """
 
