@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from shardkit.command import (
+    calibrate_verb,
     chaos_verb,
     diff_verb,
     export_verb,
@@ -45,6 +46,7 @@ _VERBS = {
 }
 _COMMANDS = {
     "plan": plan_verb,
+    "calibrate": calibrate_verb,
     "launch": launch_verb,
     "status": status_verb,
     "chaos": chaos_verb,

@@ -77,18 +77,18 @@ def predict(
         exact: Whether gradients are summed as integers.
     """
     links = {axis: _link(axis, meshes, profile, topology) for axis in meshes.sizes}
-    share = _share(meshes, profile)
+    share, rounds = _share(meshes, profile), _rounds(meshes, profile)
+    elements = whole_bytes(facts.params, meshes, 4) / 4
     time_s = {
-        "compute": meshes.rounds * microbatch_time_s(facts, meshes, profile),
-        "adding gradients": meshes.rounds
-        * whole_bytes(facts.params, meshes, 4)
-        / 4
+        "compute": rounds * microbatch_time_s(facts, meshes, profile),
+        "adding gradients": rounds
+        * elements
         * _BYTES_TO_ADD[exact]
-        / _memory_speed(profile)
-        * share,
-        "update": _update_bytes(facts, meshes) / _memory_speed(profile) * share,
-        "overhead": profile.step_overhead_s
-        + meshes.rounds * profile.microbatch_overhead_s,
+        / profile.memory_bytes_s,
+        "packing": _packed_bytes(facts, meshes, exact) / profile.memory_bytes_s * share,
+        "update": _update_bytes(facts, meshes) / profile.memory_bytes_s * share,
+        "overhead": profile.step_overhead_s * share
+        + rounds * profile.microbatch_overhead_s,
     }
     sent: dict[str, Any] = {}
     for axis, (bandwidth, latency) in links.items():
@@ -96,7 +96,7 @@ def predict(
         n = meshes.sizes[axis]
         sent[axis] = num_bytes
         delay = np.where(n > 1, calls * latency * np.ceil(np.log2(np.maximum(n, 2))), 0)
-        time_s[f"over {axis}"] = num_bytes / bandwidth * share + delay
+        time_s[f"over {axis}"] = (num_bytes / bandwidth + delay) * share
     away = np.where(meshes.offload, 2 * state_bytes(facts, meshes)["optimizer"], 0.0)
     offload = profile.links["offload"]
     time_s["offload"] = away / offload.bandwidth_bytes_s * share
@@ -106,21 +106,24 @@ def predict(
 def microbatch_time_s(
     facts: ModelFacts, meshes: Meshes, profile: HardwareProfile
 ) -> Any:
-    """Seconds of the gradient of one microbatch, by the roofline."""
+    """Seconds of the gradient of one microbatch, by the roofline.
+
+    Products are limited by arithmetic or by memory, and what is between them by memory;
+    they take turns. On a shared host this is what it takes of the whole host.
+    """
+    work = facts.work
     flop_s = np.zeros(len(meshes))
-    for (dtype, axes), amount in facts.work.flops.items():
+    for (dtype, axes), amount in work.flops.items():
         count = math.prod(meshes.sizes[axis] for axis in axes)
-        flop_s += amount / count / (profile.peak(dtype) * profile.flops_fraction)
-    num_bytes = facts.work.share(facts.work.product_bytes, meshes.sizes)
-    written = facts.work.share(facts.work.other_bytes, meshes.sizes)
+        flop_s += amount / count / profile.flops_s(dtype)
+    product_s = work.share(work.product_bytes, meshes.sizes) / profile.memory_bytes_s
     # What is written is read again.
-    num_bytes = num_bytes + 2 * profile.written_fraction * written
-    memory_s = num_bytes / _memory_speed(profile)
-    return np.maximum(flop_s, memory_s) * _share(meshes, profile)
-
-
-def _memory_speed(profile: HardwareProfile) -> float:
-    return profile.memory_bandwidth_bytes_s * profile.memory_fraction
+    written = 2 * profile.written_fraction * work.share(work.other_bytes, meshes.sizes)
+    return (
+        np.maximum(flop_s, product_s)
+        + work.num_products * profile.product_overhead_s
+        + written / profile.memory_bytes_s
+    )
 
 
 def _share(meshes: Meshes, profile: HardwareProfile) -> Any:
@@ -128,6 +131,21 @@ def _share(meshes: Meshes, profile: HardwareProfile) -> Any:
     if not profile.is_shared:
         return 1.0
     return np.minimum(meshes.num_devices, profile.devices_per_host)
+
+
+def _rounds(meshes: Meshes, profile: HardwareProfile) -> Any:
+    """How many microbatches it takes as long as, one after the other.
+
+    Those that share a host leave it to the others when they are done, so that it
+    computes all of its microbatches, however they are dealt out; but a device that
+    is alone has no use for all of it.
+    """
+    if not profile.is_shared:
+        return meshes.rounds
+    groups = meshes.sizes["data"] * meshes.sizes["fsdp"]
+    together = np.minimum(meshes.rounds * groups, meshes.num_microbatches)
+    on_host = meshes.inner * _share(meshes, profile) / meshes.num_devices
+    return np.maximum(together * on_host, meshes.rounds / profile.alone_fraction)
 
 
 def _link(
@@ -165,3 +183,11 @@ def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:
     """An update reads the gradient, and reads and writes all the state."""
     kept = state_bytes(facts, meshes)
     return 3 * kept["params"] + 2 * kept["optimizer"]
+
+
+def _packed_bytes(facts: ModelFacts, meshes: Meshes, exact: bool) -> Any:
+    """Parameters are unpacked; sums are set to zero, packed, and made floats again."""
+    floats = whole_bytes(facts.params, meshes, 4)
+    sums = floats * (2 if exact else 1)
+    made = (sums + floats) / meshes.sizes["fsdp"]
+    return 2 * whole_bytes(facts.params, meshes) + 3 * sums + made
