@@ -4,17 +4,19 @@
     python benchmarks/predicted_times.py --devices 2          # on two GPUs
 
 Calibrates a profile first, then times the steps of models on every mesh that the
-planner compares for the devices there are. The meshes of a workload are timed in turn in
-every round, and beside one step that is the same for all, by which times are divided:
-a machine that becomes slower in between disturbs no order. Prints the rank correlation of
-predicted and measured times, and how far the mesh that is predicted to be best is from
-the one that was measured to be.
+planner compares for the devices there are. The meshes of a workload are timed in turn,
+in every round, and beside one step that is the same for all, by which their times are
+divided: a machine that becomes slower in between disturbs no order. Prints the rank
+correlation of predicted and measured times, and how far the mesh that is predicted to
+be best is from the one that was measured to be.
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -23,59 +25,77 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# Model options, rows of a microbatch, microbatches.
-CPU_MODELS = {
-    "small": {"num_layers": 4, "embed_dim": 128, "num_heads": 4, "mlp_dim": 384},
-    "wide": {"num_layers": 2, "embed_dim": 512, "num_heads": 8, "mlp_dim": 2048},
-    "tiny": {"num_layers": 2, "embed_dim": 64, "num_heads": 2, "mlp_dim": 192},
+# Name → options of models.mlp or models.gpt.
+MODELS = {
+    "mlp 256": {"hidden_dim": 256},
+    "mlp 512": {"hidden_dim": 512},
+    "mlp 1536": {"hidden_dim": 1536},
+    "gpt 64": {"num_layers": 2, "embed_dim": 64, "num_heads": 2, "mlp_dim": 192},
+    "gpt 128": {"num_layers": 4, "embed_dim": 128, "num_heads": 4, "mlp_dim": 384},
+    "gpt 256": {"num_layers": 2, "embed_dim": 256, "num_heads": 4, "mlp_dim": 1024},
+    "gpt 30M": {"num_layers": 6, "embed_dim": 512, "num_heads": 8, "mlp_dim": 2048},
+    "gpt 124M": {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp_dim": 3072},
+    "gpt 600M": {
+        **{"num_layers": 12, "embed_dim": 2048, "num_heads": 16, "mlp_dim": 5632}
+    },
 }
-CPU_LENGTH = {"tiny": 64, "small": 128, "wide": 32}
-# Model, rows of a microbatch, microbatches, remat, compute dtype, exact.
+# Model, length of a row, microbatches, rows of each, and what is not the default.
 CPU_WORK = [
-    ("wide", 1, 8, False, "float32", True),
-    ("small", 1, 24, False, "float32", True),
-    ("tiny", 4, 8, False, "float32", True),
-    ("small", 1, 24, True, "float32", True),
-    ("wide", 2, 24, False, "float32", True),
-    ("small", 2, 8, False, "float32", False),
+    ("mlp 512", 0, 8, 16, ()),
+    ("mlp 1536", 0, 8, 16, ()),
+    ("gpt 128", 128, 24, 1, ()),
+    ("mlp 256", 0, 24, 256, ()),
+    ("gpt 128", 128, 24, 1, ("remat",)),
+    ("mlp 512", 0, 16, 128, ("fast",)),
+    ("gpt 256", 32, 8, 2, ()),
+    ("gpt 64", 64, 8, 4, ()),
 ]
-GPU_MODELS = {
-    "124M": {"num_layers": 12, "embed_dim": 768, "num_heads": 12, "mlp_dim": 3072},
-    "30M": {"num_layers": 6, "embed_dim": 512, "num_heads": 8, "mlp_dim": 2048},
-    "600M": {"num_layers": 12, "embed_dim": 2048, "num_heads": 16, "mlp_dim": 5632},
-}
 GPU_WORK = [
-    ("124M", 8, 8, False, "bfloat16", True),
-    ("30M", 8, 8, False, "bfloat16", True),
-    ("600M", 4, 4, True, "bfloat16", True),
-    ("124M", 8, 8, True, "bfloat16", True),
-    ("124M", 2, 4, False, "bfloat16", True),
-    ("600M", 4, 4, True, "bfloat16", False),
-    ("124M", 8, 8, False, "bfloat16", False),
-    ("30M", 16, 32, False, "bfloat16", False),
+    ("gpt 124M", 1024, 8, 8, ("bfloat16",)),
+    ("gpt 30M", 1024, 8, 8, ("bfloat16",)),
+    ("gpt 600M", 1024, 4, 4, ("bfloat16", "remat")),
+    ("gpt 124M", 1024, 8, 8, ("bfloat16", "remat")),
+    ("gpt 124M", 512, 4, 2, ("bfloat16",)),
+    ("gpt 600M", 1024, 4, 4, ("bfloat16", "remat", "fast")),
+    ("gpt 124M", 1024, 8, 8, ("bfloat16", "fast")),
+    ("gpt 30M", 512, 32, 8, ("bfloat16", "fast")),
+    ("gpt 124M", 1024, 4, 4, ()),
 ]
+GPU_VOCABULARY = 32_000
+LIMIT_S = {"cpu": 1200.0, "gpu": 270.0}
+HEADER = ("workload", "meshes", "Spearman", "Kendall", "pairs apart", "in order")
+HEADER += ("chosen", "measured best", "chosen / best")
 
 
-def make_model(name, remat, dtype, on_cpu):
-    from models import gpt
+def make_model(name, length, how, vocab_size):
+    from models import gpt, mlp
 
-    models = CPU_MODELS if on_cpu else GPU_MODELS
+    options = MODELS[name]
+    if name.startswith("mlp"):
+        return mlp.build(dropout=0.0, **options)
     return gpt.build(
-        vocab_size=256 if on_cpu else 32000,
-        max_sequence_length=length_of(name, on_cpu),
+        vocab_size=vocab_size,
+        max_sequence_length=length,
         scan_layers=True,
-        remat=remat,
-        compute_dtype=dtype,
-        **models[name],
+        remat="remat" in how,
+        compute_dtype="bfloat16" if "bfloat16" in how else "float32",
+        **options,
     )
 
 
-def length_of(name, on_cpu):
-    return CPU_LENGTH[name] if on_cpu else 1024
+def make_batch(name, length, rows, vocab_size):
+    import numpy as np
+
+    from benchmarks import common
+
+    if not name.startswith("mlp"):
+        return common.random_tokens(rows, length, vocab_size)
+    image = np.random.default_rng(0).random((rows, 64), np.float32)
+    return {"image": image, "label": np.zeros(rows, np.int32)}
 
 
 def all_meshes(job, topology):
-    """Every mesh that a search would compare, with all axes that the job leaves open."""
+    """Every mesh that a search would compare, over all axes that are not fixed."""
     from shardkit.mesh import MESH_AXES
     from shardkit.planner.candidates import inner_sizes, outer_meshes
     from shardkit.planner.model_facts import INNER_AXES
@@ -85,7 +105,7 @@ def all_meshes(job, topology):
     cut = [n for leaf in facts.params for n in leaf.shape if "fsdp" in leaf.cuts]
     found = []
     for row in inner_sizes(facts.divisors, topology.num_devices, job.fixed):
-        groups = Quotas(topology, int_product(row[axis] for axis in INNER_AXES))
+        groups = Quotas(topology, math.prod(row[axis] for axis in INNER_AXES))
         meshes = outer_meshes(row, groups, num, max(cut, default=1), job.fixed)
         found += [
             {axis: int(meshes.sizes[axis][i]) for axis in MESH_AXES}
@@ -94,57 +114,53 @@ def all_meshes(job, topology):
     return found
 
 
-def int_product(numbers):
-    total = 1
-    for number in numbers:
-        total *= number
-    return total
-
-
 class Workload:
     """One model and batch, on all meshes."""
 
-    def __init__(self, work, on_cpu, num_devices):
+    def __init__(self, work, on_cpu, num):
         import jax
+        import optax
 
-        from benchmarks import common
         from shardkit.planner.meshes import Topology
         from shardkit.planner.model_facts import INNER_AXES
         from shardkit.planner.reading import read_model
         from shardkit.planner.search import Job
 
-        name, rows, count, remat, dtype, exact = work
-        self.name = (
-            f"{name}, {count} × {rows} rows, {dtype}"
-            + ", remat" * remat
-            + (", exact" if exact else ", fast")
+        name, length, count, rows, how = work
+        size = f"{length}-token rows" if length else "rows"
+        self.name = ", ".join([f"{name}: {count} × {rows} {size}", *how])
+        self.exact, self.count, self.tx = "fast" not in how, count, optax.adamw(1e-3)
+        vocab_size = 256 if on_cpu else GPU_VOCABULARY
+        self.model = make_model(name, length, how, vocab_size)
+        self.batch = make_batch(name, length, rows * count, vocab_size)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self.batch
         )
-        self.exact, self.count, self.tx = exact, count, common.optimizer()
-        self.model = make_model(name, remat, dtype, on_cpu)
-        vocab = 256 if on_cpu else 32000
-        length = length_of(name, on_cpu)
-        self.batch = common.random_tokens(rows * count, length, vocab)
-        like = {"tokens": jax.ShapeDtypeStruct((rows, length + 1), "int32")}
         self.facts = read_model(self.model, like, self.tx)
         job = Job(
             facts={"as configured": self.facts},
             global_batch_size=rows * count,
             num_microbatches=[count],
-            exact=exact,
+            exact=self.exact,
             # Switch on what the step can do by naming fewer axes here.
             fixed=dict.fromkeys(INNER_AXES, 1),
         )
-        self.topology = Topology(num_devices, num_devices)
+        self.topology = Topology(num, num)
         self.meshes = all_meshes(job, self.topology)
 
     def predict(self, sizes, profile):
+        """What a step takes, by parts."""
+        import numpy as np
+
         from shardkit.planner.cost import predict
         from shardkit.planner.meshes import Meshes
 
         meshes = Meshes.of(sizes, self.count)
-        return predict(self.facts, meshes, profile, self.topology, exact=self.exact)
+        costs = predict(self.facts, meshes, profile, self.topology, exact=self.exact)
+        return {name: float(np.sum(part)) for name, part in costs.time_s.items()}
 
     def step(self, sizes):
+        """The step itself, compiled and warm."""
         from shardkit.planner.timed_step import TimedStep
 
         return TimedStep(
@@ -205,8 +221,8 @@ def chosen(rows):
 
 
 def show(rows, workloads):
-    print("\n| workload | meshes | Spearman | Kendall | pairs apart | in order "
-          "| chosen | measured best | chosen / best |\n" + "|---" * 9 + "|")  # fmt: skip
+    """Prints the table of workloads, and what holds for all together."""
+    print(f"\n| {' | '.join(HEADER)} |\n{'|---' * len(HEADER)}|")
     for name in workloads:
         some = [row for row in rows if row["workload"] == name]
         found, (choice, best, ratio) = agreement(some), chosen(some)
@@ -227,14 +243,69 @@ def show(rows, workloads):
     )
 
 
+def make_rows(workload, profile, times, beside):
+    """What was predicted and measured on every mesh of a workload."""
+    rows = []
+    for sizes, seconds in zip(workload.meshes, times, strict=True):
+        ratios = [a / b for a, b in zip(seconds, beside, strict=True)]
+        parts_s = workload.predict(sizes, profile)
+        mesh = " ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+        rows.append(
+            {
+                "workload": workload.name,
+                "mesh": mesh or "one device",
+                "ratio": statistics.median(ratios),
+                "ratio_interval": interval(ratios),
+                "seconds": seconds,
+                "anchor_s": statistics.median(beside),
+                "predicted_s": sum(parts_s.values()),
+                "parts_s": parts_s,
+            }
+        )
+    return rows
+
+
+def report(rows, workloads, facts, out):
+    """Prints what was found so far, and writes it."""
+    # The step beside which all were timed takes the same for all.
+    usual_s = statistics.median(row["anchor_s"] for row in rows)
+    for row in rows:
+        row["measured_s"] = row["ratio"] * usual_s
+        row["interval_s"] = [x * usual_s for x in row["ratio_interval"]]
+    for row in [row for row in rows if row["workload"] == workloads[-1]]:
+        low, high = row["interval_s"]
+        print(
+            f"{row['mesh']:<16} {1e3 * row['measured_s']:8.1f} ms "
+            f"[{1e3 * low:.1f}, {1e3 * high:.1f}]  predicted "
+            f"{1e3 * row['predicted_s']:8.1f} ms"
+        )
+    show(rows, workloads)
+    if out:
+        out.write_text(json.dumps({**facts, "rows": rows}, indent=1))
+
+
+def get_profile(arguments, devices):
+    """Returns a profile and its table, measured now unless one is given."""
+    from shardkit.planner.calibrator import calibrate, guess_base
+    from shardkit.planner.profile import profile_table, read_profile
+
+    base = arguments.profile or guess_base(devices[0])
+    table, where = profile_table(base)
+    if not arguments.profile:
+        limit_s = arguments.calibrate_s
+        table = calibrate(table, base, devices, limit_s=limit_s).table
+    print(json.dumps(table["measured"], indent=1, ensure_ascii=False), flush=True)
+    return read_profile(table, where), table
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--limit-s", type=float, default=1200)
+    parser.add_argument("--limit-s", type=float, help=f"about; {LIMIT_S} by default")
     parser.add_argument("--calibrate-s", type=float, default=60)
     parser.add_argument("--profile", help="measured before; else calibrated now")
-    parser.add_argument("--only", help="workloads with this in their name")
+    parser.add_argument("--only", default="", help="workloads with this in their name")
     parser.add_argument("--out", type=Path, help="all that was found, as JSON")
     parser.add_argument("--cache", help="where compiled programs are kept")
     arguments = parser.parse_args()
@@ -245,75 +316,36 @@ def main():
 
     jax.config.update("jax_num_cpu_devices", arguments.devices)
     from benchmarks import common
-    from shardkit.planner.calibrator import calibrate, guess_base
-    from shardkit.planner.profile import profile_table, read_profile
     from shardkit.program_cache import use_program_cache
 
     if arguments.cache:
         use_program_cache(arguments.cache)
-    on_cpu = jax.default_backend() == "cpu"
-    print(f"{common.describe_machine()}, {os.cpu_count()} cores", flush=True)
+    platform = jax.default_backend()
+    limit_s = arguments.limit_s or LIMIT_S[platform]
+    machine = f"{common.describe_machine()}, {os.cpu_count()} cores"
+    print(machine, flush=True)
     devices = jax.devices()[: arguments.devices]
-    base = arguments.profile or guess_base(devices[0])
-    table, where = profile_table(base)
-    if not arguments.profile:
-        found = calibrate(table, base, devices, limit_s=arguments.calibrate_s)
-        table = found.table
-        print(json.dumps(table["measured"], indent=1), flush=True)
-    profile = read_profile(table, where)
-    work = CPU_WORK if on_cpu else GPU_WORK
-    anchor = Workload(work[0], on_cpu, len(devices)).step({"data": 1})
+    profile, table = get_profile(arguments, devices)
+    make = functools.partial(Workload, on_cpu=platform == "cpu", num=len(devices))
+    work = CPU_WORK if platform == "cpu" else GPU_WORK
+    anchor = make(work[0]).step({"data": 1})
     rows, done, longest_s = [], [], 0.0
-    for each in work:
-        workload = Workload(each, on_cpu, len(devices))
-        began_s = time.monotonic()
-        if arguments.only and arguments.only not in workload.name:
+    for workload in map(make, work):
+        if arguments.only not in workload.name:
             continue
-        if done and began_s - start_s + longest_s > arguments.limit_s:
+        began_s = time.monotonic()
+        if done and began_s - start_s + longest_s > limit_s:
             print(f"left out, as time is up: {workload.name}")
             continue
         times, beside = measure(workload, anchor, arguments.rounds)
+        rows += make_rows(workload, profile, times, beside)
         longest_s = max(longest_s, time.monotonic() - began_s)
-        usual_s = statistics.median(beside)
+        print(f"{workload.name}: {time.monotonic() - began_s:.0f} s", flush=True)
         done.append(workload.name)
-        for sizes, seconds in zip(workload.meshes, times, strict=True):
-            ratios = [a / b for a, b in zip(seconds, beside, strict=True)]
-            cost = workload.predict(sizes, profile)
-            mesh = " ".join(f"{a}={n}" for a, n in sizes.items() if n > 1)
-            rows.append(
-                {
-                    "workload": workload.name,
-                    "mesh": mesh or "one device",
-                    "sizes": sizes,
-                    "ratio": statistics.median(ratios),
-                    "ratio_interval": interval(ratios),
-                    "seconds": seconds,
-                    "anchor_s": usual_s,
-                    "predicted_s": float(cost.step_s[0]),
-                    "parts_s": {k: float(v[0] if getattr(v, "ndim", 0) else v)
-                                for k, v in cost.time_s.items()},  # fmt: skip
-                }
-            )
-        took_s = time.monotonic() - began_s
-        print(f"{workload.name}: {len(times)} meshes, {took_s:.0f} s", flush=True)
+        report(rows, done, {"machine": machine, "profile": table}, arguments.out)
+        # Programs of the CPU take a part each of the mappings that a process may have.
         gc.collect()
-    # Each is as many of the same step; how long that takes is the same for all.
-    usual_s = statistics.median(row["anchor_s"] for row in rows)
-    for row in rows:
-        row["measured_s"] = row["ratio"] * usual_s
-        row["interval_s"] = [x * usual_s for x in row["ratio_interval"]]
-    for row in rows:
-        low, high = row["interval_s"]
-        print(
-            f"{row['workload']:<38} {row['mesh']:<16} {1e3 * row['measured_s']:8.1f} ms "
-            f"[{1e3 * low:.1f}, {1e3 * high:.1f}]  predicted "
-            f"{1e3 * row['predicted_s']:8.1f}"
-        )
-    show(rows, done)
     print(f"{time.monotonic() - start_s:.0f} s in all")
-    if arguments.out:
-        found = {"machine": common.describe_machine(), "profile": table, "rows": rows}
-        arguments.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

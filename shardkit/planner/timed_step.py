@@ -102,7 +102,7 @@ def _first(leaf: LeafLayout, mesh: Any) -> Any:
     if not leaf.path.startswith("params") or not jnp.issubdtype(
         like.dtype, jnp.floating
     ):
-        return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
+        return jnp.zeros(like.shape, like.dtype, device=like.sharding)
     some = 0.02 * np.random.default_rng(0).standard_normal(1 << 16)
     value = np.resize(some.astype(like.dtype), leaf.shape)
     pad = [(0, a - b) for a, b in zip(like.shape, leaf.shape, strict=True)]
