@@ -22,6 +22,7 @@ TRUE = {
     "products": 4e-6,
     "bytes": 1 / 3e12,
     "written": 0.5 / 3e12,
+    "fresh": 1 / 40e9,
     "sent": 1 / 250e9,
     "hops": 9e-6,
 }
@@ -47,7 +48,7 @@ def programs():
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(factors=st.lists(st.floats(-2, 2), min_size=7, max_size=7))
+@given(factors=st.lists(st.floats(-1.5, 1.5), min_size=8, max_size=8))
 def test_coefficients_of_any_size_are_found(programs, factors):
     true = {
         name: value * 10**factor
@@ -101,6 +102,7 @@ def test_a_calibrated_profile_is_read_as_it_was_written(programs, tmp_path):
     assert profile.memory_bytes_s == pytest.approx(3e12, rel=1e-3)
     assert profile.written_fraction == pytest.approx(0.5, rel=1e-3)
     assert profile.product_overhead_s == pytest.approx(4e-6, rel=1e-3)
+    assert profile.fresh_byte_s == pytest.approx(1 / 40e9, rel=1e-3)
     inside, old = profile.links["inside"], load_profile("h200")
     assert inside.bandwidth_bytes_s == pytest.approx(250e9, rel=1e-3)
     assert inside.latency_s == pytest.approx(9e-6, rel=1e-3)

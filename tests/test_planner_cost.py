@@ -206,8 +206,17 @@ def test_devices_that_share_cores_do_not_compute_faster_together(facts):
     # two microbatches, the last leaves its part to the others.
     assert compute[0] == pytest.approx(2 * compute[1])
     assert compute[2] == pytest.approx(compute[1])
-    costs = predict(facts, meshes, profile, topology).time_s
-    assert costs["packing"][1] == pytest.approx(8 * costs["packing"][0])
+    costs = predict(facts, meshes, profile, topology)
+    time_s = costs.time_s
+    assert time_s["packing"][1] == pytest.approx(8 * time_s["packing"][0])
+    # What it has before and after a step is not given to it anew.
+    fresh = costs.memory_bytes - sum(
+        costs.memory[kind]
+        for kind in ("params", "optimizer", "model state", "batch", "other")
+    )
+    assert time_s["allocating"] == pytest.approx(
+        fresh * meshes.num_devices * profile.fresh_byte_s
+    )
     meshes = Meshes.of({"data": [1, 8]}, 8)
     other = dataclasses.replace(profile, is_shared=False)
     compute = predict(facts, meshes, other, topology).time_s["compute"]

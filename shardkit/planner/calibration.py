@@ -25,6 +25,7 @@ _NUM_PASSES = 30
 _USUAL = 1.345
 _PLAIN = {
     "products": "product_overhead_s",
+    "fresh": "fresh_byte_s",
     "steps": "step_overhead_s",
     "microbatches": "microbatch_overhead_s",
 }
@@ -95,9 +96,9 @@ def calibrated(
     """Puts what was measured into the table of a profile.
 
     The amounts that count: `"flops DTYPE"`; `"products"`, how many; `"bytes"` from and
-    to memory; `"written"` by other operations, twice, as they are read too; `"sent"`
-    and `"hops"`, the calls of collectives times ⌈log₂⌉ of their devices; `"steps"` and
-    `"microbatches"`.
+    to memory; `"written"` by other operations, twice, as they are read too; `"fresh"`
+    bytes, that a program is given anew; `"sent"` and `"hops"`, the calls of collectives
+    times ⌈log₂⌉ of their devices; `"steps"` and `"microbatches"`.
 
     Args:
         base: The table whose datasheet holds, and all that was not measured.

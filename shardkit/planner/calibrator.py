@@ -31,7 +31,7 @@ from shardkit.planner.timed_step import TimedStep
 
 __all__ = ["Calibration", "calibrate", "guess_base"]
 
-_PROGRAMS = 0.6
+_PROGRAMS = 0.75
 """The part of the time that is for programs; the rest is for steps."""
 _NUM_ROUNDS = 7
 _KINDS = {

@@ -11,6 +11,7 @@ References:
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from shardkit.planner.memory import (
     memory,
     state_bytes,
     state_exchanges,
-    whole_bytes,
 )
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import INNER_AXES, ModelFacts
@@ -29,6 +29,7 @@ from shardkit.planner.profile import HardwareProfile
 __all__ = ["Costs", "microbatch_time_s", "predict"]
 
 _SENT = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+_TEMPORARY = ("gathered", "sums", "gradient", "activations", "adding up")
 # What a step reads and writes per accumulator element of a microbatch: the gradient,
 # and each accumulator twice.
 _BYTES_TO_ADD = {True: 4 + 4 * 4, False: 4 + 2 * 4}
@@ -77,15 +78,22 @@ def predict(
         exact: Whether gradients are summed as integers.
     """
     links = {axis: _link(axis, meshes, profile, topology) for axis in meshes.sizes}
-    share, rounds = _share(meshes, profile), _rounds(meshes, profile)
-    elements = whole_bytes(facts.params, meshes, 4) / 4
+    share = _share(meshes, profile)
+    rounds = _rounds(meshes, profile, profile.alone_fraction)
+    kinds = memory(facts, meshes, exact=exact)
+    floats = kinds["sums"] / (2 if exact else 1)
     time_s = {
         "compute": rounds * microbatch_time_s(facts, meshes, profile),
-        "adding gradients": rounds
-        * elements
+        # One device alone has use for all of the memory.
+        "adding gradients": _rounds(meshes, profile, 1.0)
+        * floats
+        / 4
         * _BYTES_TO_ADD[exact]
         / profile.memory_bytes_s,
-        "packing": _packed_bytes(facts, meshes, exact) / profile.memory_bytes_s * share,
+        "packing": _packed_bytes(kinds, floats, meshes)
+        / profile.memory_bytes_s
+        * share,
+        "allocating": _fresh_bytes(kinds) * profile.fresh_byte_s * share,
         "update": _update_bytes(facts, meshes) / profile.memory_bytes_s * share,
         "overhead": profile.step_overhead_s * share
         + rounds * profile.microbatch_overhead_s,
@@ -100,7 +108,7 @@ def predict(
     away = np.where(meshes.offload, 2 * state_bytes(facts, meshes)["optimizer"], 0.0)
     offload = profile.links["offload"]
     time_s["offload"] = away / offload.bandwidth_bytes_s * share
-    return Costs(memory(facts, meshes, exact=exact), time_s, sent)
+    return Costs(kinds, time_s, sent)
 
 
 def microbatch_time_s(
@@ -133,19 +141,19 @@ def _share(meshes: Meshes, profile: HardwareProfile) -> Any:
     return np.minimum(meshes.num_devices, profile.devices_per_host)
 
 
-def _rounds(meshes: Meshes, profile: HardwareProfile) -> Any:
+def _rounds(meshes: Meshes, profile: HardwareProfile, alone: float) -> Any:
     """How many microbatches it takes as long as, one after the other.
 
     Those that share a host leave it to the others when they are done, so that it
     computes all of its microbatches, however they are dealt out; but a device that
-    is alone has no use for all of it.
+    is alone has a part of it only.
     """
     if not profile.is_shared:
         return meshes.rounds
     groups = meshes.sizes["data"] * meshes.sizes["fsdp"]
     together = np.minimum(meshes.rounds * groups, meshes.num_microbatches)
     on_host = meshes.inner * _share(meshes, profile) / meshes.num_devices
-    return np.maximum(together * on_host, meshes.rounds / profile.alone_fraction)
+    return np.maximum(together * on_host, meshes.rounds / alone)
 
 
 def _link(
@@ -185,9 +193,12 @@ def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:
     return 3 * kept["params"] + 2 * kept["optimizer"]
 
 
-def _packed_bytes(facts: ModelFacts, meshes: Meshes, exact: bool) -> Any:
+def _fresh_bytes(kinds: Mapping[str, Any]) -> Any:
+    """What a step has only while it runs."""
+    return sum(kinds[kind] for kind in _TEMPORARY)
+
+
+def _packed_bytes(kinds: Mapping[str, Any], floats: Any, meshes: Meshes) -> Any:
     """Parameters are unpacked; sums are set to zero, packed, and made floats again."""
-    floats = whole_bytes(facts.params, meshes, 4)
-    sums = floats * (2 if exact else 1)
-    made = (sums + floats) / meshes.sizes["fsdp"]
-    return 2 * whole_bytes(facts.params, meshes) + 3 * sums + made
+    made = (kinds["sums"] + floats) / meshes.sizes["fsdp"]
+    return 2 * kinds["gathered"] + 3 * kinds["sums"] + made

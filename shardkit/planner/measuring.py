@@ -34,7 +34,7 @@ _KINDS = ("reduce-scatter", "all-gather", "all-reduce")
 _LEAST_S = 0.01
 _MOST_TIMES = 1 << 16
 _NUM_ROUNDS = 7
-_PREPARING = 0.6
+_PREPARING = 0.7
 """The part of the time in which programs are compiled; the rest is for timing them."""
 
 
@@ -175,7 +175,8 @@ def experiments(
     small = platform == "cpu"
     counts = sorted({min(2, num_devices), num_devices} - {1}, reverse=True)
     products = (512, 256, 64) if small else (4096, 1024, 8192, 2048)
-    streams = (24, 25) if small else (28, 29)
+    # More than caches hold, even if only a few devices run at a time.
+    streams = ((25, 8), (25, 1), (26, 8)) if small else ((28, 8), (28, 1), (29, 8))
     blocks = [(8, 1024, 1024), (8, 1024, 512), (4, 1024, 2048)]
     blocks = [(1, 128, 128), (2, 64, 256), (4, 64, 64)] if small else blocks
     modelled = dtypes[:1] if small else dtypes
@@ -183,7 +184,7 @@ def experiments(
     families: list[list[list[Experiment]]] = [
         [[_product(size, dtype) for dtype in dtypes] for size in products],
         [[_block(*shape, dtype) for dtype in modelled] for shape in blocks],
-        [[_stream(1 << size)] for size in streams],
+        [[_stream(1 << size, passes)] for size, passes in streams],
         [
             [_collective(kind, 1 << size, n) for size in exchanged for n in counts]
             for kind in _KINDS
@@ -210,11 +211,15 @@ def _product(size: int, dtype: str) -> Experiment:
     return Experiment(f"product {size} {dtype}", make, amounts)
 
 
-def _stream(num_bytes: int) -> Experiment:
-    def make(num: int) -> Any:
-        return lambda x: x * 0.999 + 0.001, _noise(num, num_bytes // 4)
+def _stream(num_bytes: int, num_passes: int) -> Experiment:
+    """Reads and writes a result that the program is given memory for, once in all."""
 
-    return Experiment(f"stream {num_bytes >> 20} MiB", make, {"bytes": 2.0 * num_bytes})
+    def make(num: int) -> Any:
+        return lambda x: x * 0.999 + 0.001, np.ones((num, num_bytes // 4), np.float32)
+
+    amounts = {"bytes": 2.0 * num_bytes, "fresh": num_bytes / num_passes}
+    name = f"stream {num_bytes >> 20} MiB × {num_passes}"
+    return Experiment(name, make, amounts, num_passes=num_passes)
 
 
 def _collective(kind: str, num_bytes: int, num_devices: int) -> Experiment:

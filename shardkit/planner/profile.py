@@ -61,6 +61,8 @@ class HardwareProfile:
         memory_fraction: What is reached of the bandwidth of memory.
         written_fraction: What operations other than products write costs, beside
             writing and reading it: less where they are fused, more where they compute.
+        fresh_byte_s: What a byte of memory takes that a step is given anew, where
+            pages are made when they are first used: 0 on accelerators.
         alone_fraction: What one device has of a shared host if no other is busy.
         step_overhead_s: What a step takes on any number of devices.
         microbatch_overhead_s: What a microbatch takes beside its work.
@@ -79,6 +81,7 @@ class HardwareProfile:
     product_overhead_s: float
     memory_fraction: float
     written_fraction: float
+    fresh_byte_s: float
     alone_fraction: float
     step_overhead_s: float
     microbatch_overhead_s: float
@@ -103,6 +106,7 @@ class HardwareProfile:
 _DATASHEET = ("devices_per_host", "memory_bytes", "memory_bandwidth_bytes_s")
 _SECONDS = (
     "product_overhead_s",
+    "fresh_byte_s",
     "step_overhead_s",
     "microbatch_overhead_s",
     "start_s",
