@@ -115,12 +115,29 @@ def test_a_calibrated_profile_is_read_as_it_was_written(programs, tmp_path):
 
 def test_a_machine_beyond_its_datasheet_has_another(programs):
     base, _ = profile_table("cpu")
-    profile = read_profile(calibrated(base, programs, [0.5, 0.7, 2.0])[0], "here")
+    profile = read_profile(calibrated(base, programs)[0], "here")
     assert profile.flops_fraction["float32"] == 1.0
     assert profile.flops_s("float32") == pytest.approx(60e12, rel=1e-3)
-    assert profile.alone_fraction == 0.7
     # Emulated hosts are one machine.
     assert profile.links["between"] == profile.links["inside"]
+
+
+def test_what_a_device_alone_has_of_a_host(programs):
+    base, _ = profile_table("cpu")
+    slower = {name: n * (1.25 if "flops" in name else 2) for name, n in TRUE.items()}
+    alone = [
+        Sample(x.name, x.amounts, predicted_s(Sample("", x.amounts, 0), slower))
+        for x in programs
+        if "products" in x.amounts
+    ]
+    profile = read_profile(calibrated(base, programs, alone)[0], "here")
+    assert profile.alone_fraction == pytest.approx({"products": 0.8, "others": 0.5})
+    # No more than all of it.
+    faster = [Sample(x.name, x.amounts, x.seconds / 4) for x in alone]
+    profile = read_profile(calibrated(base, programs, faster)[0], "here")
+    assert profile.alone_fraction == {"products": 1.0, "others": 1.0}
+    kept = calibrated(base, programs)[1]
+    assert "alone_fraction.others" in kept
 
 
 def test_a_program_counts_what_it_does():

@@ -199,7 +199,8 @@ def test_where_groups_of_devices_lie():
 
 def test_devices_that_share_cores_do_not_compute_faster_together(facts):
     profile, topology = load_profile("cpu"), Topology(8, 8)
-    profile = dataclasses.replace(profile, alone_fraction=0.5)
+    half = dict.fromkeys(profile.alone_fraction, 0.5)
+    profile = dataclasses.replace(profile, alone_fraction=half)
     meshes = Meshes.of({"data": [1, 8, 3]}, 8)
     compute = predict(facts, meshes, profile, topology).time_s["compute"]
     # Whoever is alone has half of the host; and of three that compute three, three and

@@ -123,7 +123,7 @@ def test_no_mesh_is_faster(small, num_devices, per_host, rows, latency, room, sl
 def test_no_mesh_is_faster_where_devices_share_a_host(small, num_devices, per_host):
     profile = load_profile("cpu")
     profile = dataclasses.replace(
-        profile, devices_per_host=per_host, alone_fraction=0.7, step_overhead_s=1e-4
+        profile, devices_per_host=per_host, step_overhead_s=1e-4, fresh_byte_s=0.0
     )
     topology = Topology(num_devices, per_host)
     job = Job(

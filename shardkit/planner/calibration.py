@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from shardkit.planner.profile import read_profile
+from shardkit.planner.profile import ALONE, read_profile
 
 __all__ = ["Sample", "calibrated", "fit", "predicted_s"]
 
@@ -91,7 +91,7 @@ def predicted_s(sample: Sample, found: Mapping[str, float]) -> float:
 
 
 def calibrated(
-    base: Mapping[str, Any], samples: Sequence[Sample], alone: Sequence[float] = ()
+    base: Mapping[str, Any], samples: Sequence[Sample], alone: Sequence[Sample] = ()
 ) -> tuple[dict[str, Any], list[str]]:
     """Puts what was measured into the table of a profile.
 
@@ -103,7 +103,7 @@ def calibrated(
     Args:
         base: The table whose datasheet holds, and all that was not measured.
         samples: What was timed.
-        alone: What one device reached of a shared host, in several programs.
+        alone: What one device of a shared host took while no other was busy.
 
     Returns:
         The table, and the figures under `measured` that are still those of `base`.
@@ -144,10 +144,23 @@ def calibrated(
     plain = {key: found[name] for name, key in _PLAIN.items() if name in found}
     if "written" in found:
         plain["written_fraction"] = found["written"] * profile.memory_bytes_s
-    if len(alone) or not is_shared:
-        plain["alone_fraction"] = min(1.0, float(np.median(alone or [1.0])))
     measured.update(plain)
-    return table, [name for name in _figures(measured) if name not in {*done, *plain}]
+    alone_fractions = _alone(alone, found) if is_shared else dict.fromkeys(ALONE, 1.0)
+    measured["alone_fraction"].update(alone_fractions)
+    done |= {*plain, *(f"alone_fraction.{part}" for part in alone_fractions)}
+    return table, [name for name in _figures(measured) if name not in done]
+
+
+def _alone(samples: Sequence[Sample], found: Mapping[str, float]) -> dict[str, float]:
+    """By how much products, and what is between them, are slower on a device alone."""
+    parts = []
+    for x in samples:
+        seconds = {name: found.get(name, 0.0) * n for name, n in x.amounts.items()}
+        products_s = sum(s for name, s in seconds.items() if name.startswith("flops"))
+        others_s = sum(seconds.values()) - products_s
+        amounts: dict[str, float] = {"products": products_s, "others": others_s}
+        parts.append(Sample(x.name, amounts, x.seconds))
+    return {part: 1 / max(slower, 1.0) for part, slower in fit(parts).items()}
 
 
 def _figures(measured: Mapping[str, Any]) -> list[str]:

@@ -24,9 +24,9 @@ from shardkit.planner.memory import (
 )
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import INNER_AXES, ModelFacts
-from shardkit.planner.profile import HardwareProfile
+from shardkit.planner.profile import ALONE, HardwareProfile
 
-__all__ = ["Costs", "microbatch_time_s", "predict"]
+__all__ = ["Costs", "predict"]
 
 _SENT = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 _TEMPORARY = ("gathered", "sums", "gradient", "activations", "adding up")
@@ -79,11 +79,13 @@ def predict(
     """
     links = {axis: _link(axis, meshes, profile, topology) for axis in meshes.sizes}
     share = _share(meshes, profile)
-    rounds = _rounds(meshes, profile, profile.alone_fraction)
+    products_s, others_s = _microbatch_s(facts, meshes, profile)
+    alone = profile.alone_fraction
+    rounds = {part: _rounds(meshes, profile, alone[part]) for part in ALONE}
     kinds = memory(facts, meshes, exact=exact)
     floats = kinds["sums"] / (2 if exact else 1)
     time_s = {
-        "compute": rounds * microbatch_time_s(facts, meshes, profile),
+        "compute": rounds["products"] * products_s + rounds["others"] * others_s,
         # One device alone has use for all of the memory.
         "adding gradients": _rounds(meshes, profile, 1.0)
         * floats
@@ -96,7 +98,7 @@ def predict(
         "allocating": _fresh_bytes(kinds) * profile.fresh_byte_s * share,
         "update": _update_bytes(facts, meshes) / profile.memory_bytes_s * share,
         "overhead": profile.step_overhead_s * share
-        + rounds * profile.microbatch_overhead_s,
+        + rounds["others"] * profile.microbatch_overhead_s,
     }
     sent: dict[str, Any] = {}
     for axis, (bandwidth, latency) in links.items():
@@ -111,10 +113,10 @@ def predict(
     return Costs(kinds, time_s, sent)
 
 
-def microbatch_time_s(
+def _microbatch_s(
     facts: ModelFacts, meshes: Meshes, profile: HardwareProfile
-) -> Any:
-    """Seconds of the gradient of one microbatch, by the roofline.
+) -> tuple[Any, Any]:
+    """Seconds of the gradient of one microbatch: of its products, and between them.
 
     Products are limited by arithmetic or by memory, and what is between them by memory;
     they take turns. On a shared host this is what it takes of the whole host.
@@ -127,10 +129,10 @@ def microbatch_time_s(
     product_s = work.share(work.product_bytes, meshes.sizes) / profile.memory_bytes_s
     # What is written is read again.
     written = 2 * profile.written_fraction * work.share(work.other_bytes, meshes.sizes)
+    overhead_s = work.num_products * profile.product_overhead_s
     return (
-        np.maximum(flop_s, product_s)
-        + work.num_products * profile.product_overhead_s
-        + written / profile.memory_bytes_s
+        np.maximum(flop_s, product_s),
+        overhead_s + written / profile.memory_bytes_s,
     )
 
 
@@ -150,10 +152,13 @@ def _rounds(meshes: Meshes, profile: HardwareProfile, alone: float) -> Any:
     """
     if not profile.is_shared:
         return meshes.rounds
+    per_host = profile.devices_per_host
     groups = meshes.sizes["data"] * meshes.sizes["fsdp"]
+    groups = np.minimum(groups, np.maximum(per_host // meshes.inner, 1))
     together = np.minimum(meshes.rounds * groups, meshes.num_microbatches)
-    on_host = meshes.inner * _share(meshes, profile) / meshes.num_devices
-    return np.maximum(together * on_host, meshes.rounds / alone)
+    return np.maximum(
+        together * np.minimum(meshes.inner, per_host), meshes.rounds / alone
+    )
 
 
 def _link(

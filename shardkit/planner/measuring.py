@@ -60,24 +60,24 @@ class Experiment:
 
 
 def measure(
-    found: Iterable[Experiment],
+    programs: Iterable[Experiment],
     devices: Sequence[Any],
     *,
     is_shared: bool,
     limit_s: float,
-) -> tuple[list[Sample], list[float]]:
+) -> tuple[list[Sample], list[Sample]]:
     """Times experiments in turn, so that a busy machine disturbs them alike.
 
     Args:
-        found: What to time, what matters most first; when time is up, the rest is left
-            out.
+        programs: What to time, what matters most first; when time is up, the rest is
+            left out.
         devices: All there are.
         is_shared: Whether they share a host's cores.
         limit_s: How long it may take; the first is timed in any case.
 
     Returns:
-        What was done and how long it took; and what one device alone reached of a
-        shared host in those that compute like a model.
+        What was done and how long it took; and what of it one device of a shared host
+        did while no other was busy.
     """
     start_s = time.monotonic()
 
@@ -85,12 +85,12 @@ def measure(
         return time.monotonic() - start_s > part * limit_s
 
     clocks: list[tuple[Experiment, int, _Clock]] = []
-    for experiment in found:
+    for experiment in programs:
         if clocks and is_over(_PREPARING):
             break
         num = experiment.num_devices or (len(devices) if is_shared else 1)
         clocks.append((experiment, num, _Clock(experiment, devices[:num])))
-        if is_shared and "written" in experiment.amounts:
+        if is_shared and "products" in experiment.amounts:
             clocks.append((experiment, 0, _Clock(experiment, devices[:1])))
     for number in range(_NUM_ROUNDS):
         if number and is_over(1.0):
@@ -99,12 +99,10 @@ def measure(
             clock.tick()
     samples, alone = [], []
     for experiment, num, clock in clocks:
-        if not num:
-            alone.append(samples[-1].seconds / len(devices) / clock.seconds)
-            continue
-        share = num if is_shared else 1
+        share = max(num, 1) if is_shared else 1
         amounts = {name: share * n for name, n in experiment.amounts.items()}
-        samples.append(Sample(experiment.name, amounts, clock.seconds))
+        found = samples if num else alone
+        found.append(Sample(experiment.name, amounts, clock.seconds))
     return samples, alone
 
 

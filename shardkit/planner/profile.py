@@ -16,6 +16,7 @@ from typing import Any
 from shardkit.errors import ConfigError
 
 __all__ = [
+    "ALONE",
     "LINKS",
     "HardwareProfile",
     "Link",
@@ -27,6 +28,9 @@ __all__ = [
 
 LINKS = ("inside", "between", "offload")
 """Between the devices of a host, between hosts, and to a device's own host memory."""
+
+ALONE = ("products", "others")
+"""Matrix products and convolutions, and all that is between them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,8 @@ class HardwareProfile:
             writing and reading it: less where they are fused, more where they compute.
         fresh_byte_s: What a byte of memory takes that a step is given anew, where
             pages are made when they are first used: 0 on accelerators.
-        alone_fraction: What one device has of a shared host if no other is busy.
+        alone_fraction: `ALONE` → what one device has of a shared host if no other is
+            busy: products may use its cores even so.
         step_overhead_s: What a step takes on any number of devices.
         microbatch_overhead_s: What a microbatch takes beside its work.
         start_s: What it takes to change over to another mesh beside moving the state.
@@ -82,7 +87,7 @@ class HardwareProfile:
     memory_fraction: float
     written_fraction: float
     fresh_byte_s: float
-    alone_fraction: float
+    alone_fraction: Mapping[str, float]
     step_overhead_s: float
     microbatch_overhead_s: float
     start_s: float
@@ -111,7 +116,6 @@ _SECONDS = (
     "microbatch_overhead_s",
     "start_s",
 )
-_FRACTIONS = ("memory_fraction", "alone_fraction")
 
 
 def profile_names() -> list[str]:
@@ -188,7 +192,9 @@ def read_profile(table: Mapping[str, Any], where: str) -> HardwareProfile:
         for link in LINKS
     }
     values: dict[str, Any] = {key: sheet.number(key) for key in _DATASHEET}
-    values |= {key: measured.number(key, most=1.0) for key in _FRACTIONS}
+    values["memory_fraction"] = measured.number("memory_fraction", most=1.0)
+    alone = measured.table("alone_fraction")
+    values["alone_fraction"] = {part: alone.number(part, most=1.0) for part in ALONE}
     values |= {key: measured.number(key, least=0.0) for key in _SECONDS}
     values["written_fraction"] = measured.number("written_fraction", least=0.0)
     products = measured.table("flops_fraction")
@@ -198,7 +204,8 @@ def read_profile(table: Mapping[str, Any], where: str) -> HardwareProfile:
     }
     values["is_shared"] = sheet.flag("is_shared")
     values["measured_by"] = measured.text("by")
-    for part in (root, sheet, measured, peaks, speeds, products, reached, latencies):
+    inner = (peaks, speeds, products, alone, reached, latencies)
+    for part in (root, sheet, measured, *inner):
         part.refuse_the_rest()
     if problems:
         raise ConfigError(f"{where}:" + "".join(f"\n  {line}" for line in problems))
