@@ -110,6 +110,7 @@ def _count_product(
 ) -> None:
     avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
     ledger.flops[str(avals[0].dtype), frozenset(axes)] += work
+    ledger.num_products += 1
     for aval, cut in zip(avals, cuts, strict=True):
         for size, axis in zip(aval.shape, cut.dims, strict=True):
             if axis:
