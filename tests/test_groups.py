@@ -22,6 +22,8 @@ from shardkit.mesh import MESH_AXES
 from shardkit.model import call_loss
 from shardkit.model_state import split_variables
 
+pytestmark = pytest.mark.usefixtures("compile_cache")
+
 ROWS, LENGTH, VOCAB, NUM_MICROBATCHES, SEED = 4, 8, 32, 5, 3
 TINY = {
     "vocab_size": VOCAB,
@@ -124,10 +126,8 @@ def assert_computes_the_same(name, mesh, by_one_device):
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        ("gpt", {"tensor": 2, "context": 2}),
-        ("gpt, sequence", {"data": 2, "fsdp": 1, "tensor": 4}),
-        ("moe", {"fsdp": 2, "tensor": 2, "expert": 2}),
-        ("moe, by rows", {"fsdp": 2, "expert": 2, "context": 2}),
+        ("gpt, sequence", {"data": 2, "fsdp": 1, "tensor": 2, "context": 2}),
+        ("moe, by rows", {"fsdp": 2, "expert": 2, "tensor": 2}),
     ],
 )
 def test_a_group_computes_what_one_device_does(name, mesh, by_one_device):
@@ -150,14 +150,14 @@ def losses_and_digest(trainer, steps, changes=None):
 ADAM = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
 
 
-@pytest.mark.parametrize(
-    ("name", "group"), [("gpt", {"tensor": 2}), ("moe, by rows", {"expert": 2})]
-)
-def test_no_bit_depends_on_how_many_groups_there_are(name, group):
-    alone = losses_and_digest(trainer_of(name, group, tx=ADAM), 4)
-    moving = trainer_of(name, {"fsdp": -1, **group}, tx=ADAM, devices=jax.devices())
+def test_no_bit_depends_on_how_many_groups_there_are():
+    alone = losses_and_digest(trainer_of("gpt", {"tensor": 2}, tx=ADAM), 3)
+    mesh = {"data": -1, "fsdp": 1, "tensor": 2}
+    moving = trainer_of("gpt", mesh, tx=ADAM, devices=jax.devices()[:4])
+    assert losses_and_digest(moving, 3, {1: 2}) == alone
     # 7 devices are three groups, and one device that stays idle.
-    assert losses_and_digest(moving, 4, {1: 7, 2: 4, 3: 6}) == alone
+    cut = trainer_of("gpt", {"tensor": 2}, tx=ADAM, devices=jax.devices()[:7])
+    assert losses_and_digest(cut, 3) == alone
 
 
 @pytest.mark.slow
@@ -190,15 +190,16 @@ def test_tensor_cuts_pairs_of_products_with_one_sum_for_each():
     assert layout[f"opt_state/0/trace/{prefix[7:]}/mlp/up/kernel/value"].group == (
         ("tensor", 1),
     )
-    print(found)
+    # One for each sublayer and the embedding, both ways, two for the softmax over the
+    # vocabulary and one for the ranges of gradients; XLA may put several into one.
+    assert 6 <= found["all-reduce"] <= 12
+    assert set(found) <= {"all-reduce", "all-gather"}
 
 
-@pytest.mark.parametrize("axis", ["tensor", "expert", "context"])
-def test_state_is_cut_and_goes_to_checkpoints_and_back(axis, tmp_path):
+def test_state_is_cut_and_goes_to_checkpoints_and_back(tmp_path):
     name = "moe"
     config = sk.CheckpointConfig(directory=tmp_path, every=10)
-    others = {"fsdp": 3}, {"data": 2, "fsdp": 1, "expert": 4}, {"tensor": 8}
-    meshes = [{axis: 2}, *others]
+    meshes = [{"expert": 2, "tensor": 2}, {"fsdp": 3}, {"tensor": 4, "context": 2}]
     digests = []
     for number, mesh in enumerate(meshes):
         with trainer_of(name, mesh, checkpoint=config) as trainer:
