@@ -188,7 +188,7 @@ def _why_slower(best: Choice, other: Choice, topology: Topology) -> str:
         part: other.time_s.get(part, 0.0) - best.time_s.get(part, 0.0)
         for part in {**best.time_s, **other.time_s}
     }
-    parts["moving"] = other.extra_s - best.extra_s
+    parts["moving, spread over the steps that are left,"] = other.extra_s - best.extra_s
     part = max(parts, key=lambda name: parts[name])
     ratio = _ratio(best, other)
     if parts[part] <= 0 or other.total_s <= best.total_s:
