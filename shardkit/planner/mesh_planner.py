@@ -61,7 +61,8 @@ class MeshPlanner:
         >>> import jax, optax
         >>> from shardkit.model import Model
         >>> from shardkit.planner.auto_mesh import find_profile
-        >>>         >>> from shardkit.ramp import BatchRamp
+        >>> from shardkit.planner.jobs import read_job
+        >>> from shardkit.ramp import BatchRamp
         >>> model = Model(init=lambda key: jax.numpy.ones(8),
         ...               loss=lambda w, x, key: jax.numpy.sum(w * x["x"]))
         >>> rows = {"x": jax.ShapeDtypeStruct((1, 8), "float32")}

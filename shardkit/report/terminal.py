@@ -29,8 +29,11 @@ __all__ = [
     "format_announced",
     "format_bytes",
     "format_mesh",
+    "format_plan",
     "format_reconfigure",
+    "format_reconfiguring",
     "format_time",
+    "format_verdict",
 ]
 
 NUM_RECENT = 10
@@ -39,14 +42,76 @@ NUM_RECENT = 10
 
 def format_reconfigure(fields: Mapping[str, Any]) -> str:
     """Writes one change of devices in a line."""
-    verdict = {True: "certified", False: "NOT CERTIFIED", None: "uncertified"}
+    verdict = format_verdict(fields, {None: "uncertified", True: "certified"})
     return (
         f"step {fields['step']}: {fields['from_devices']} -> {fields['to_devices']} "
         f"devices ({format_mesh(fields['from_mesh'])} -> "
         f"{format_mesh(fields['to_mesh'])}), "
         f"{format_bytes(fields['bytes_moved'])} moved, "
-        f"{_format_phases(fields['phases'])}, {verdict[fields['certified']]}"
+        f"{_format_phases(fields['phases'])}, {verdict}"
     )
+
+
+def format_verdict(fields: Mapping[str, Any], words: Mapping[Any, str]) -> str:
+    """Writes what is proven of a change.
+
+    Args:
+        fields: Of the event `reconfigure`; of an older run, not all of them.
+        words: What to say where a step was computed on both sides, and where not.
+
+    >>> format_verdict({"certified": True}, {True: "certified"})
+    'certified'
+    >>> found = {"certified": None, "consistency": "equivalent", "move_certified": True}
+    >>> format_verdict(found, {None: "uncertified"})
+    'equivalent, the move certified'
+    """
+    certified = fields.get("certified")
+    if certified is False:
+        return "NOT CERTIFIED"
+    if fields.get("consistency") != "equivalent":
+        return words.get(certified, words.get(None, ""))
+    proven = "the move certified" if fields.get("move_certified") else words.get(None)
+    return f"equivalent, {proven}" if proven else "equivalent"
+
+
+def format_reconfiguring(fields: Mapping[str, Any]) -> str:
+    """Writes a change after which a run is equal to rounding only, before it is made.
+
+    >>> meshes = {"from_mesh": {"tensor": 4}, "to_mesh": {"fsdp": 3}}
+    >>> format_reconfiguring({"step": 5, "from_devices": 4, "to_devices": 3, **meshes})
+    'step 5: 4 -> 3 devices (tensor=4 -> fsdp=3): equivalent, to rounding'
+    """
+    return (
+        f"step {fields['step']}: {fields['from_devices']} -> {fields['to_devices']} "
+        f"devices ({format_mesh(fields['from_mesh'])} -> "
+        f"{format_mesh(fields['to_mesh'])}): equivalent, to rounding"
+    )
+
+
+def format_plan(fields: Mapping[str, Any]) -> str:
+    """Writes which mesh was chosen, and what is worth knowing of that, in two lines.
+
+    >>> print(format_plan({"step": 0, "num_devices": 8, "mesh": {"data": 7},
+    ...     "step_s": 2.2, "memory_bytes": 2**34, "limit_bytes": 2**36,
+    ...     "runners_up": [], "notes": ["1 of 8 devices stay idle"],
+    ...     "consistency": None}))
+    step 0: mesh data=7 for 8 devices: 2.20 s a step predicted, 16 of 64 GiB a device
+      1 of 8 devices stay idle
+    """
+    used, most = (format_bytes(fields[x]) for x in ("memory_bytes", "limit_bytes"))
+    if used.split()[-1] == most.split()[-1]:
+        used = used.split()[0]
+    spent = format_time(1e3 * fields["step_s"])
+    words = [
+        f"step {fields['step']}: mesh {format_mesh(fields['mesh'])} for "
+        f"{fields['num_devices']} devices: {spent} a step predicted, {used} of {most} "
+        "a device"
+    ]
+    words += ["equivalent"] if fields["consistency"] == "equivalent" else []
+    more = list(fields["notes"])
+    for other in fields["runners_up"][:1]:
+        more.append(f"next {format_mesh(other['mesh'])}: {other['why']}")
+    return "\n  ".join([", ".join(words), *["; ".join(more)][: len(more)]])
 
 
 def format_announced(fields: Mapping[str, Any]) -> str:
