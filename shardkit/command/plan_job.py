@@ -17,6 +17,7 @@ from shardkit import build
 from shardkit.config import BUILT_IN_DATA, RunConfig
 from shardkit.errors import ConfigError, ShardkitError
 from shardkit.mesh import GROUP_AXES
+from shardkit.model import Model
 from shardkit.model_state import split_variables
 from shardkit.optim import build_optimizer
 from shardkit.planner import jobs
@@ -24,7 +25,7 @@ from shardkit.planner.auto_mesh import AutoMesh
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.search import Job
 
-__all__ = ["abstract_microbatch", "find_modules", "read_job"]
+__all__ = ["abstract_microbatch", "find_modules", "read_configured_model", "read_job"]
 
 _ABOUT_INNER = ("stays whole along", "is not followed: made whole")
 
@@ -55,25 +56,14 @@ def read_job(config: RunConfig, consistency: str) -> Job:
         if isinstance(mesh, AutoMesh)
         else {a: getattr(mesh, a) for a in GROUP_AXES}
     )
-    model = build.call_factory(
-        config.model.factory, config.model.options, where="model"
-    )
-    try:
-        made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
-    except ShardkitError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"[model] {config.model.factory}: its parameters cannot be traced: {error}"
-        ) from error
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
+    model, made = read_configured_model(config)
     ramp = config.data.ramp
     job = jobs.read_job(
         model,
         abstract_microbatch(config),
         build_optimizer(config.optimizer, split_variables(made)[0], ramp),
         ramp,
-        axis_rules={**model.axis_rules, **rules},
+        **build.placement_rules(config, model),
         ema=config.train.ema,
         exact=consistency == "exact",
         fixed=fixed,
@@ -137,3 +127,22 @@ def _needed(config: RunConfig) -> str:
         f"[data] {config.data.factory}: its first batch is needed for the shapes, and "
         "cannot be made here"
     )
+
+
+def read_configured_model(config: RunConfig) -> tuple[Model, Any]:
+    """Makes the model that a config names; returns it with the shapes of its `init`.
+
+    Raises:
+        ShardkitError: If there is no such factory, or its parameters cannot be traced.
+    """
+    model = build.call_factory(
+        config.model.factory, config.model.options, where="model"
+    )
+    try:
+        return model, jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    except ShardkitError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"[model] {config.model.factory}: its parameters cannot be traced: {error}"
+        ) from error

@@ -25,7 +25,7 @@ from shardkit.planner.traces import count_norms, kept_bytes, peak_beside
 from shardkit.state import find_place
 from shardkit.tree import named_leaves
 
-__all__ = ["read_model"]
+__all__ = ["arguments", "read_model", "trace"]
 
 
 def read_model(
@@ -64,26 +64,20 @@ def read_model(
         (32, 256, 4)
     """
     rules = model.axis_rules if axis_rules is None else axis_rules
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(model.init, key)
+    variables, args = arguments(model, microbatch)
     said = [read_axes(part, path_rules) for part in split_variables(variables)]
-    params, state = split_variables(strip(variables))
-    microbatch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)),
-        microbatch,
-    )
+    params, state, microbatch, _ = args
     rules, notes = _divisible([*said[0], *said[1]], rules, microbatch)
     leaves = [
         _leaves(part, names, rules)
         for part, names in zip((params, state), said, strict=True)
     ]
-    args = (params, state, microbatch, key)
     cuts = [
         *(Cut(_inner(leaf.cuts)) for part in leaves for leaf in part),
         *_batch_cuts(microbatch, rules),
         Cut(()),
     ]
-    traced = [_trace(fn, args) for fn in _functions(model)]
+    traced = [trace(fn, args) for fn in _functions(model)]
     (_, forward), (_, work), (kept, _) = (follow(x.jaxpr, cuts) for x in traced)
     residuals = kept_bytes(traced[2], kept)
     num_norms, num_clips = count_norms(tx, params, leaves[0])
@@ -106,6 +100,44 @@ def read_model(
     )
 
 
+def arguments(model: Model, microbatch: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Returns shapes: what `init` makes, annotated, and what a loss is given.
+
+    Args:
+        model: What a model factory returns.
+        microbatch: Arrays, abstract or not.
+
+    Returns:
+        The first is for `read_axes`; the second `(params, state, microbatch, key)`.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(model.init, key)
+    params, state = split_variables(strip(variables))
+    microbatch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)),
+        microbatch,
+    )
+    return variables, (params, state, microbatch, key)
+
+
+def trace(fn: Any, args: tuple[Any, ...]) -> Any:
+    """Traces a function of a loss's arguments.
+
+    Raises:
+        ConfigError: Naming the shapes of the microbatch.
+    """
+    try:
+        return jax.make_jaxpr(fn)(*args)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
+        )
+        raise ConfigError(
+            f"planner: the loss cannot be traced with a microbatch of {shapes}: "
+            f"{error}. Give the shapes of one microbatch, rows first."
+        ) from error
+
+
 def _functions(model: Model) -> list[Any]:
     """The loss; the loss and its gradient; what the loss leaves for its gradient."""
 
@@ -122,19 +154,6 @@ def _functions(model: Model) -> list[Any]:
 def _num_outputs(model: Model, args: tuple[Any, ...]) -> int:
     out = jax.eval_shape(lambda *a: call_loss(model.loss, *a)[0], *args)
     return len(jax.tree.leaves(out))
-
-
-def _trace(fn: Any, args: tuple[Any, ...]) -> Any:
-    try:
-        return jax.make_jaxpr(fn)(*args)
-    except Exception as error:
-        shapes = ", ".join(
-            f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
-        )
-        raise ConfigError(
-            f"planner: the loss cannot be traced with a microbatch of {shapes}: "
-            f"{error}. Give the shapes of one microbatch, rows first."
-        ) from error
 
 
 def _divisible(
