@@ -241,7 +241,7 @@ def build_mesh(section: configs.MeshSection) -> Any:
     if not section.auto:
         return sk.MeshSpec(data=section.data, fsdp=section.fsdp, **groups)
     return sk.AutoMesh(
-        axes=section.axes,
+        axes=tuple(section.axes),
         profile=section.profile,
         memory_bytes=section.memory_bytes,
         allow_equivalent=section.allow_equivalent,

@@ -142,7 +142,8 @@ def find(
             profile,
             old=plan.best.sizes,
             remaining_steps=remaining_steps,
-            num_lost=num_lost,
+            # Idle devices are the first to go, as they are for a trainer.
+            num_lost=max(plan.best.num_devices - fewer.num_devices, 0),
         )
     now = plan.best
     if current is not None:

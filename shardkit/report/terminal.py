@@ -108,9 +108,10 @@ def format_plan(fields: Mapping[str, Any]) -> str:
         "a device"
     ]
     words += ["equivalent"] if fields["consistency"] == "equivalent" else []
-    more = list(fields["notes"])
-    for other in fields["runners_up"][:1]:
-        more.append(f"next {format_mesh(other['mesh'])}: {other['why']}")
+    others = fields["runners_up"][:1]
+    more = fields["notes"] or [
+        f"next {format_mesh(x['mesh'])}: {x['why']}" for x in others
+    ]
     return "\n  ".join([", ".join(words), *["; ".join(more)][: len(more)]])
 
 
