@@ -193,6 +193,7 @@ class Trainer:
             speeds=checked_speeds(speeds or {}),
             stages=snapshot is not None,
         )
+        ahead = Standby(placements, max_programs=standby, configured=standby_counts)
         self._controller = Controller(
             placements=placements,
             data=checked,
@@ -208,11 +209,7 @@ class Trainer:
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
-            standby=(
-                standby
-                and Standby(placements, max_programs=standby, configured=standby_counts)
-            )
-            or None,
+            standby=ahead if standby else None,
             snapshots=open_snapshots(snapshot, self.events),
         )
         self._eval_data = Prefetcher(eval.data) if eval else None

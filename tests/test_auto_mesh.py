@@ -106,7 +106,7 @@ def mlp(num_microbatches=12, **options):
     }
 
 
-def planner(auto, *, num_microbatches=12, num_processes=1, exact=True):
+def planner(auto, *, num_microbatches=12, num_processes=1, **options):
     """What chooses meshes for that problem."""
     problem = mlp(num_microbatches)
     rows = jax.ShapeDtypeStruct((ROWS // num_microbatches, WIDTH), "float32")
@@ -117,7 +117,7 @@ def planner(auto, *, num_microbatches=12, num_processes=1, exact=True):
         problem["tx"],
         BatchRamp({0: num_microbatches}),
         axis_rules=problem["axis_rules"],
-        exact=exact,
+        **options,
     )
     found = find_profile(auto, jax.devices())
     return MeshPlanner(job, found, auto, num_processes=num_processes)
@@ -404,6 +404,13 @@ def test_every_process_has_a_device_in_use(profile):
     assert math.prod(five.values()) >= 5
     again = planner(auto, num_processes=5).choose(8).sizes
     assert again == five
+
+
+def test_an_optimizer_in_host_memory_takes_none_of_a_device(free):
+    auto = AutoMesh(profile=free)
+    plans = [planner(auto, offload=x).choose(8).plan for x in (False, True)]
+    assert [p["memory"]["optimizer"] > 0 for p in plans] == [True, False]
+    assert [p["time_s"]["offload"] > 0 for p in plans] == [False, True]
 
 
 def test_sums_of_floats_keep_no_bits(free):

@@ -66,6 +66,7 @@ def read_job(config: RunConfig, consistency: str) -> Job:
         **build.placement_rules(config, model),
         ema=config.train.ema,
         exact=consistency == "exact",
+        offload=config.train.offload,
         fixed=fixed,
     )
     if all(fixed.get(axis) == 1 for axis in GROUP_AXES):

@@ -56,6 +56,7 @@ def mesh_chooser(
         recipe.ramp,
         ema=recipe.ema,
         exact=recipe.exact,
+        offload=recipe.offload,
         **rules,
     )
     num_processes = len({device.process_index for device in pool})

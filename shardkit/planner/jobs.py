@@ -27,6 +27,7 @@ def read_job(
     path_rules: Mapping[Any, Any] | None = None,
     ema: float | None = None,
     exact: bool = True,
+    offload: bool = False,
     fixed: Mapping[str, int] | None = None,
 ) -> Job:
     """Reads what is trained, without computing any of it.
@@ -42,6 +43,7 @@ def read_job(
         path_rules: Likewise.
         ema: The decay of an average of the parameters, if there is one.
         exact: Whether gradients are summed as integers.
+        offload: Whether the optimizer's state is in host memory between updates.
         fixed: Mesh axis → a size that is given.
 
     Raises:
@@ -61,5 +63,6 @@ def read_job(
         # Another number would be another run, with other bits.
         num_microbatches=[num_microbatches],
         exact=exact,
+        offload=offload,
         fixed=fixed or {},
     )

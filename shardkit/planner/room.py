@@ -39,7 +39,7 @@ def predicted(
         sizes: Mesh axis → size.
     """
     remat, num, facts = next(job.blocks())
-    meshes = Meshes.of(sizes, num)
+    meshes = Meshes.of(sizes, num, offload=job.offload)
     costs = predict(facts, meshes, profile, topology, exact=job.exact)
     return Choice.at(0, remat, meshes, costs, 0.0)
 
@@ -107,6 +107,7 @@ def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
         quotas = Quotas(topology, math.prod(inner.values()))
         found.append(outer_meshes(inner, quotas, num, max(dims, default=1), job.fixed))
     meshes = Meshes.join(found)
+    meshes = meshes.offloaded() if job.offload else meshes
     costs = predict(facts, meshes, profile, topology, exact=job.exact)
     # Of those that take as little the one with the fewest devices.
     order = np.lexsort((meshes.num_devices, costs.memory_bytes))

@@ -51,6 +51,7 @@ class Job:
             divisors of the batch.
         exact: Whether gradients are summed as integers.
         may_offload: Whether the optimizer's state may be in host memory.
+        offload: Whether it is, on any mesh.
         fixed: Mesh axis → a size that is given.
 
     Raises:
@@ -62,6 +63,7 @@ class Job:
     num_microbatches: Sequence[int] = ()
     exact: bool = True
     may_offload: bool = False
+    offload: bool = False
     fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -230,10 +232,10 @@ class _Search:
             for row in rows
         ]
         meshes = Meshes.join(found)
-        if not self._job.may_offload:
+        if not (self._job.may_offload or self._job.offload):
             return meshes
-        away = dataclasses.replace(meshes, offload=np.ones(len(meshes), bool))
-        return Meshes.join([meshes, away])
+        away = meshes.offloaded()
+        return away if self._job.offload else Meshes.join([meshes, away])
 
 
 @dataclasses.dataclass(frozen=True)

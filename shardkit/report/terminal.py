@@ -112,7 +112,8 @@ def format_plan(fields: Mapping[str, Any]) -> str:
     more = fields["notes"] or [
         f"next {format_mesh(x['mesh'])}: {x['why']}" for x in others
     ]
-    return "\n  ".join([", ".join(words), *["; ".join(more)][: len(more)]])
+    lines = [", ".join(words)] + (["; ".join(more)] if more else [])
+    return "\n  ".join(lines)
 
 
 def format_announced(fields: Mapping[str, Any]) -> str:
