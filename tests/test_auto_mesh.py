@@ -1,134 +1,26 @@
-"""A mesh that is chosen: which, and that a run keeps its bits through all of them."""
-
-import dataclasses
-import json
-import math
-from pathlib import Path
-from types import SimpleNamespace
+"""A mesh that is chosen: a run keeps its bits through all of them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from auto_meshes import APART, FREE, LATE, groups, mlp, planner, used, write_profile
 from problems import consume, fields_of
 
 import shardkit as sk
 from shardkit.membership import Change
-from shardkit.planner import profile as profiles
-from shardkit.planner.auto_mesh import AutoMesh, find_profile
-from shardkit.planner.jobs import read_job
-from shardkit.planner.mesh_planner import MeshPlanner
-from shardkit.ramp import BatchRamp
-
-FREE = {
-    "is_shared = true": "is_shared = false",
-    "start_s = 5.0": "start_s = 0.0",
-    "step_overhead_s = 2e-3": "step_overhead_s = 1e-6",
-    "microbatch_overhead_s = 2e-4": "microbatch_overhead_s = 1e-6",
-    "inside = 1e-4": "inside = 0.0",
-    "between = 1e-4": "between = 0.0",
-}
-"""Changes to the profile of emulated devices: each computes as fast as all together,
-and nothing but work and bytes takes time."""
-
-LATE = FREE | {
-    "inside = 1e-4": "inside = 1e-5",
-    "microbatch_overhead_s = 2e-4": "microbatch_overhead_s = 1e-3",
-}
-"""And microbatches take long, so that devices are used only if they save one."""
-
-APART = FREE | {"inside = 1e-4": "inside = 1.0"}
-"""And a collective takes so long that one device is best."""
+from shardkit.planner.auto_mesh import AutoMesh
 
 
 @pytest.fixture
-def profile(tmp_path):
-    """Writes a profile with changes; returns its path."""
-    folder = Path(profiles.__file__).parent / "profiles"
-
-    def write(changes):
-        text = (folder / "cpu.toml").read_text()
-        for old, new in changes.items():
-            assert old in text
-            text = text.replace(old, new)
-        path = tmp_path / "profile.toml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-@pytest.fixture
-def free(profile):
+def free(tmp_path):
     """A profile by which all devices are best."""
-    return profile(FREE)
+    return write_profile(tmp_path, FREE)
 
 
 @pytest.fixture
-def late(profile):
+def late(tmp_path):
     """A profile by which four microbatches are best on four devices, and then two."""
-    return profile(LATE)
-
-
-WIDTH, ROWS = 16, 60
-
-
-def mlp(num_microbatches=12, **options):
-    """`Trainer` arguments of a layer and back, which `tensor` can cut."""
-
-    def init(key):
-        up, down = jax.random.split(key)
-        shapes = {"up": (up, (WIDTH, 4 * WIDTH)), "down": (down, (4 * WIDTH, WIDTH))}
-        names = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
-        return {
-            name: sk.axes(jax.random.normal(key, shape) * 0.1, *names[name])
-            for name, (key, shape) in shapes.items()
-        }
-
-    def loss(params, microbatch, key):
-        hidden = jnp.tanh(microbatch["x"] @ params["up"])
-        return jnp.mean((hidden @ params["down"] - microbatch["x"]) ** 2)
-
-    def data(step):
-        x = np.random.default_rng(step).normal(size=(ROWS, WIDTH))
-        return {"x": x.astype(np.float32)}
-
-    return {
-        "init": init,
-        "loss": loss,
-        "data": data,
-        "tx": optax.sgd(0.1, momentum=0.9),
-        "axis_rules": {"embed": "fsdp", "mlp": "tensor"},
-        "num_microbatches": num_microbatches,
-        "certify": "off",
-        **options,
-    }
-
-
-def planner(auto, *, num_microbatches=12, num_processes=1, **options):
-    """What chooses meshes for that problem."""
-    problem = mlp(num_microbatches)
-    rows = jax.ShapeDtypeStruct((ROWS // num_microbatches, WIDTH), "float32")
-    model = sk.Model(init=problem["init"], loss=problem["loss"])
-    job = read_job(
-        model,
-        {"x": rows},
-        problem["tx"],
-        BatchRamp({0: num_microbatches}),
-        axis_rules=problem["axis_rules"],
-        **options,
-    )
-    found = find_profile(auto, jax.devices())
-    return MeshPlanner(job, found, auto, num_processes=num_processes)
-
-
-def used(fields):
-    return math.prod(fields["mesh"].values())
-
-
-def groups(mesh):
-    return {a: n for a, n in mesh.items() if n > 1 and a not in ("data", "fsdp")}
+    return write_profile(tmp_path, LATE)
 
 
 def losses_and_digest(trainer, steps, script=None):
@@ -150,19 +42,8 @@ def test_no_bit_depends_on_the_meshes_that_are_chosen(make, free):
     assert [x["to_mesh"] for x in changes] == sizes[1:]
 
 
-def test_what_is_told_of_a_plan_is_json_and_whole(free):
-    plan = planner(AutoMesh(profile=free)).choose(8).plan
-    assert json.loads(json.dumps(plan, allow_nan=False)) == plan
-    assert plan["step_s"] == pytest.approx(sum(plan["time_s"].values()))
-    assert plan["memory_bytes"] == pytest.approx(sum(plan["memory"].values()))
-    assert plan["memory_bytes"] <= plan["limit_bytes"] == 0.9 * 4e9
-    times = [plan["step_s"], *(x["step_s"] for x in plan["runners_up"])]
-    assert times == sorted(times)
-    assert all(x["why"] for x in plan["runners_up"])
-
-
-def test_too_little_memory_for_one_device_cuts_the_state(make, profile):
-    apart = profile(APART)
+def test_too_little_memory_for_one_device_cuts_the_state(make, tmp_path):
+    apart = write_profile(tmp_path, APART)
     whole = planner(AutoMesh(profile=apart)).choose(8).plan
     assert used(whole) == 1
     assert whole["num_idle"] == 7
@@ -324,33 +205,6 @@ def test_groups_that_are_not_full_move_nothing(make):
     assert "step 2: 7 devices, of which 6 are in use, as before" in messages
 
 
-def test_a_move_has_to_pay_in_the_steps_that_are_left(profile):
-    auto = AutoMesh(profile=profile(FREE | {"start_s = 5.0": "start_s = 1e-3"}))
-    found = planner(auto)
-    old = found.choose(2).sizes
-    assert math.prod(old.values()) == 2
-
-    def sizes(steps_left, horizon=10**6):
-        asked = {"old": old, "horizon": horizon, "steps_left": steps_left}
-        return found.choose(8, **asked)
-
-    moved = sizes(10**6)
-    assert math.prod(moved.sizes.values()) == 8
-    saved = found.choose(2).plan["step_s"] - moved.plan["step_s"]
-    turn = moved.plan["move_s"] / saved
-    assert sizes(math.ceil(turn) + 1).sizes == moved.sizes
-    stays = sizes(math.floor(turn) - 1)
-    assert stays.sizes == old
-    assert stays.plan["num_idle"] == 6
-    assert stays.plan["move_s"] == 0
-    assert "moving takes 1" in stays.plan["notes"][0]
-    assert "6 of 8 devices stay idle" in stays.plan["notes"][1]
-    # What a guess has prepared is not asked to pay: it is the same whenever it comes.
-    assert found.choose(8, old=old, horizon=10**6).sizes == moved.sizes
-    # A run that is at its end when it gets there would go nowhere.
-    assert sizes(None, horizon=1).sizes == old
-
-
 def test_a_change_takes_what_was_prepared(make, late):
     options = {"mesh": AutoMesh(profile=late), "standby": 1, "standby_counts": [3]}
     trainer, events = make(**mlp(4, **options))
@@ -394,68 +248,6 @@ def test_snapshots_say_in_which_groups_their_run_was(make, free):
     mesh = dict(controller.placements.present.mesh.shape)
     assert controller._snapshots.mesh == mesh
     assert groups(mesh) == {"tensor": 4}
-
-
-def test_every_process_has_a_device_in_use(profile):
-    auto = AutoMesh(profile=profile(APART))
-    one = planner(auto).choose(8).sizes
-    assert math.prod(one.values()) == 1
-    five = planner(auto, num_processes=5).choose(8).sizes
-    assert math.prod(five.values()) >= 5
-    again = planner(auto, num_processes=5).choose(8).sizes
-    assert again == five
-
-
-def test_an_optimizer_in_host_memory_takes_none_of_a_device(free):
-    auto = AutoMesh(profile=free)
-    plans = [planner(auto, offload=x).choose(8).plan for x in (False, True)]
-    assert [p["memory"]["optimizer"] > 0 for p in plans] == [True, False]
-    assert [p["time_s"]["offload"] > 0 for p in plans] == [False, True]
-
-
-def test_sums_of_floats_keep_no_bits(free):
-    for exact, kind in ((True, "exact"), (False, "equivalent")):
-        found = planner(AutoMesh(profile=free), exact=exact)
-        chosen = found.choose(4, old=found.choose(8).sizes)
-        assert chosen.plan["consistency"] == kind
-
-
-def fake(kind, limit=None, platform="gpu"):
-    stats = None if limit is None else {"bytes_limit": limit}
-    return SimpleNamespace(
-        device_kind=kind,
-        platform=platform,
-        process_index=0,
-        memory_stats=lambda: stats,
-    )
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("cpu", "cpu"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h200"),
-        ("TPU v5 lite", "v5e"),
-        ("TPU v5e", "v5e"),
-        ("TPU v5", "v5p"),
-        ("TPU v5p", "v5p"),
-    ],
-)
-def test_devices_say_what_they_are(kind, name):
-    expected = profiles.load_profile(name)
-    assert find_profile(AutoMesh(), [fake(kind)]) == expected
-    pool = [fake(kind, 7e9), fake(kind, 5e9)]
-    least = dataclasses.replace(expected, memory_bytes=5e9)
-    assert find_profile(AutoMesh(), pool) == least
-    given = find_profile(AutoMesh(memory_bytes=2e9, profile="h100"), pool)
-    assert (given.memory_bytes, given.name) == (2e9, profiles.load_profile("h100").name)
-
-
-@pytest.mark.parametrize("kind", ["NVIDIA GH200 480GB", "TPU v4", "TPU v6 lite"])
-def test_devices_that_nobody_knows_are_asked_about(kind):
-    with pytest.raises(sk.ConfigError, match=r"no profile of .*profile.*cpu, h100"):
-        find_profile(AutoMesh(), [fake(kind)])
 
 
 def test_what_cannot_be_asked_for_is_told_all_at_once(make):
