@@ -12,6 +12,7 @@ import optax
 import shardkit as sk
 from benchmarks.rivals import Rival, with_jit, with_shard_map
 from shardkit.events import EventLog
+from shardkit.mesh_choice import FixedMesh
 from shardkit.placements import Placements
 from shardkit.recipe import Recipe
 from shardkit.state_layout import lay_out
@@ -62,7 +63,7 @@ class Ours:
         self.placement = Placements(
             self.recipe,
             self.layout,
-            spec,
+            FixedMesh(spec),
             devices,
             abstract,
             abstract,

@@ -26,10 +26,12 @@ from shardkit.layout import LeafLayout
 from shardkit.logical_axes import AxisRules
 from shardkit.loop import train
 from shardkit.membership import Membership, check_source, scripted
-from shardkit.mesh import MeshSpec, check_mesh
+from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
 from shardkit.placements import Placements
+from shardkit.planner.auto_mesh import AutoMesh, check_mesh
+from shardkit.planner.chooser import mesh_chooser
 from shardkit.prefetch import Prefetcher
 from shardkit.probe import SpeedProbe
 from shardkit.program_report import ProgramReport
@@ -57,7 +59,7 @@ class Trainer:
         tx: Any optax transformation.
         data: `step → global batch`, arrays in a dict, nested or not, with the
             examples in dim 0.
-        mesh: The mesh that is asked for.
+        mesh: The mesh that is asked for; `"auto"`, or an `sk.AutoMesh`, has it chosen.
         axis_rules: Logical axis → mesh axis.
         num_microbatches: Into how many equal parts the global batch is cut; or an
             `sk.BatchRamp`, which says so for every step. Parts keep their size.
@@ -117,7 +119,7 @@ class Trainer:
         loss: Callable[..., Any],
         tx: optax.GradientTransformation,
         data: Callable[[int], Any],
-        mesh: MeshSpec | None = None,
+        mesh: MeshSpec | AutoMesh | str | None = None,
         axis_rules: AxisRules | None = None,
         num_microbatches: int | BatchRamp,
         seed: int = 0,
@@ -144,12 +146,11 @@ class Trainer:
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         noticed = check_functions(init, loss, eval_loss, tx, data)
-        check_mesh(mesh)
+        asked = check_mesh(mesh)
         check_choice("consistency", consistency, ("exact", "fast"))
         check_choice("certify", certify, ("always", "first", "off"))
-        check_choice(
-            "on_failed_certificate", on_failed_certificate, ("stop", "continue")
-        )
+        then = ("stop", "continue")
+        check_choice("on_failed_certificate", on_failed_certificate, then)
         self.events = events or EventLog()
         self._recipe = Recipe(
             init=init,
@@ -166,9 +167,8 @@ class Trainer:
             offload=offload,
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
-        self._layout, warnings, _ = lay_out(
-            self._recipe, axis_rules or {}, path_rules=path_rules, strict=strict
-        )
+        rules: Any = {"axis_rules": axis_rules or {}, "path_rules": path_rules}
+        self._layout, warnings, _ = lay_out(self._recipe, **rules, strict=strict)
         for warning in [*warnings, *noticed]:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
@@ -183,7 +183,7 @@ class Trainer:
         placements = Placements(
             self._recipe,
             self._layout,
-            mesh or MeshSpec(),
+            mesh_chooser(asked, self._recipe, like, pool, rules),
             pool,
             like,
             abstract_batch(eval.data(0)) if eval else like,
@@ -193,6 +193,7 @@ class Trainer:
             speeds=checked_speeds(speeds or {}),
             stages=snapshot is not None,
         )
+        ahead = Standby(placements, max_programs=standby, configured=standby_counts)
         self._controller = Controller(
             placements=placements,
             data=checked,
@@ -208,11 +209,7 @@ class Trainer:
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
-            standby=(
-                standby
-                and Standby(placements, max_programs=standby, configured=standby_counts)
-            )
-            or None,
+            standby=ahead if standby else None,
             snapshots=open_snapshots(snapshot, self.events),
         )
         self._eval_data = Prefetcher(eval.data) if eval else None

@@ -71,6 +71,16 @@ class History:
         """The steps that can be gone back to, oldest first."""
         return self._checkpoints.steps()
 
+    @property
+    def mesh(self) -> Mapping[str, int] | None:
+        """Mesh axis → size, where this run was when it saved the chosen step."""
+        if self._chosen is None or self._remap is not None or not self._own:
+            return None
+        manifest = self._chosen.manifest
+        found = {} if manifest is None else manifest.mesh
+        # It comes from a file.
+        return {a: n for a, n in found.items() if type(n) is int and n > 0} or None
+
     def save(
         self,
         step: int,

@@ -20,8 +20,9 @@ from shardkit.mesh import GROUP_AXES
 from shardkit.model import Model
 from shardkit.model_state import split_variables
 from shardkit.optim import build_optimizer
+from shardkit.planner import jobs
+from shardkit.planner.auto_mesh import AutoMesh
 from shardkit.planner.model_facts import ModelFacts
-from shardkit.planner.reading import read_model
 from shardkit.planner.search import Job
 
 __all__ = ["abstract_microbatch", "find_modules", "read_configured_model", "read_job"]
@@ -48,17 +49,37 @@ def read_job(config: RunConfig, consistency: str) -> Job:
     Raises:
         ShardkitError: If the config names what is not there or cannot be traced.
     """
-    num_microbatches = max(config.data.ramp.counts)
-    rows = config.data.global_batch_size // config.data.num_microbatches
-    return Job(
-        facts={"as configured": _read_facts(config)},
-        global_batch_size=rows * num_microbatches,
-        # Another number would be another run, with other bits.
-        num_microbatches=[num_microbatches],
-        exact=consistency == "exact",
-        # Other axes exist by name only, so far.
-        fixed=dict.fromkeys(GROUP_AXES, 1),
+    mesh = build.build_mesh(config.mesh)
+    # Other sizes of groups would be another run as well.
+    fixed = (
+        mesh.fixed
+        if isinstance(mesh, AutoMesh)
+        else {a: getattr(mesh, a) for a in GROUP_AXES}
     )
+    model, made = read_configured_model(config)
+    ramp = config.data.ramp
+    job = jobs.read_job(
+        model,
+        abstract_microbatch(config),
+        build_optimizer(config.optimizer, split_variables(made)[0], ramp),
+        ramp,
+        **build.placement_rules(config, model),
+        ema=config.train.ema,
+        exact=consistency == "exact",
+        offload=config.train.offload,
+        fixed=fixed,
+    )
+    if all(fixed.get(axis) == 1 for axis in GROUP_AXES):
+        # What axes of size 1 leave whole says nothing here.
+        job = dataclasses.replace(
+            job, facts={name: _quiet(facts) for name, facts in job.facts.items()}
+        )
+    return job
+
+
+def _quiet(facts: ModelFacts) -> ModelFacts:
+    notes = [x for x in facts.notes if not any(part in x for part in _ABOUT_INNER)]
+    return dataclasses.replace(facts, notes=tuple(notes))
 
 
 def abstract_microbatch(config: RunConfig) -> Any:
@@ -126,20 +147,3 @@ def read_configured_model(config: RunConfig) -> tuple[Model, Any]:
         raise ConfigError(
             f"[model] {config.model.factory}: its parameters cannot be traced: {error}"
         ) from error
-
-
-def _read_facts(config: RunConfig) -> ModelFacts:
-    model, made = read_configured_model(config)
-    facts = read_model(
-        model,
-        abstract_microbatch(config),
-        build_optimizer(config.optimizer, split_variables(made)[0], config.data.ramp),
-        **build.placement_rules(config, model),
-    )
-    if config.train.ema is not None:
-        # The average is kept like a moment of every parameter.
-        average = (dataclasses.replace(x, path=f"ema/{x.path}") for x in facts.params)
-        facts = dataclasses.replace(facts, opt_state=(*facts.opt_state, *average))
-    # What axes of size 1 leave whole says nothing here.
-    notes = [x for x in facts.notes if not any(part in x for part in _ABOUT_INNER)]
-    return dataclasses.replace(facts, notes=tuple(notes))

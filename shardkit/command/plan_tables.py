@@ -150,6 +150,8 @@ def _facts(
     mesh = format_mesh(found.current.sizes)
     if found.current.sizes == best.sizes:
         change = "the same mesh, nothing to change"
+        if config.mesh.auto:
+            change = "the one that is chosen, with auto = true"
     else:
         change = _class_words(found, found.current.sizes, best.sizes)
     facts = {

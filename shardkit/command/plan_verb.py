@@ -7,7 +7,6 @@ used.
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 
 from shardkit import config as configs
@@ -30,7 +29,6 @@ exit codes:
   0    there is a mesh that fits
   2    none fits, or bad input: a message says what would do
 """
-_UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20, "TB": 1e12}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hbm",
         metavar="SIZE",
         type=_size,
-        help="the memory of a device, such as 80GB [the profile's]",
+        help="the memory of a device, such as 80GB [mesh.memory, or the profile's]",
     )
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        default="h100",
         help=f"what a device can do: {', '.join(profile_names())}, or a file of yours "
-        "(.toml) [h100]",
+        "(.toml) [mesh.profile of the config, or h100]",
     )
     parser.add_argument(
         "--devices-per-host",
@@ -77,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Plans one config."""
     config = configs.load(arguments.config)
+    mesh = config.mesh
+    arguments.profile = arguments.profile or mesh.profile or "h100"
     profile = load_profile(arguments.profile)
+    memory = arguments.hbm or mesh.memory_bytes or profile.memory_bytes
     num_devices = arguments.devices or config.devices
     if num_devices is None:
         raise ConfigError(
@@ -91,22 +91,21 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"are, found {num_lost}"
         )
     # What follows needs JAX, and what is above is refused without waiting for that.
+    from shardkit import build
     from shardkit.command.plan_findings import find
     from shardkit.command.plan_job import find_modules, read_job
     from shardkit.command.plan_tables import document, show
-    from shardkit.mesh import MeshSpec
     from shardkit.planner.meshes import Topology
 
     find_modules()
-    spec = MeshSpec(**configs.to_dict(config)["mesh"])
+    asked = build.build_mesh(mesh)
     found = find(
         read_job(config, arguments.consistency or config.train.consistency),
         Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
-        dataclasses.replace(
-            profile, memory_bytes=arguments.hbm or profile.memory_bytes
-        ),
-        current=spec.sizes(num_devices),
+        dataclasses.replace(profile, memory_bytes=memory),
+        current=None if mesh.auto else asked.sizes(num_devices),
         num_lost=num_lost,
+        keeps_groups=not mesh.allow_equivalent,
         remaining_steps=config.train.steps,
     )
     if output.as_json:
@@ -117,17 +116,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 
 def _size(text: str) -> float:
-    """Reads a size of memory.
-
-    >>> _size("80GB"), _size("1.5 GiB")
-    (80000000000.0, 1610612736.0)
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    size = float(match[1]) * units.get(match[2].lower(), 0.0) if match else 0.0
-    if not size:
-        raise argparse.ArgumentTypeError(
-            f"expected a size above 0 in {', '.join(_UNITS)}, such as 80GB, "
-            f"found {text!r}"
-        )
-    return size
+    try:
+        return configs.parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

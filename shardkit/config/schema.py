@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from shardkit.config.mesh import MeshSection
 from shardkit.config.toml import dump_toml
 from shardkit.errors import ConfigError
 from shardkit.ramp import BatchRamp
@@ -17,7 +18,6 @@ __all__ = [
     "BUILT_IN_DATA",
     "CheckpointSection",
     "DataSection",
-    "MeshSection",
     "ModelSection",
     "OptimizerSection",
     "RunConfig",
@@ -201,20 +201,6 @@ class OptimizerSection:
                 f"horizon_steps: expected more than warmup_steps = "
                 f"{self.warmup_steps}, found {self.horizon_steps}"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MeshSection:
-    """Sizes of the mesh axes; `data` or `fsdp` may be -1 and takes what is left.
-
-    What fits which number of devices is decided, and refused, by `MeshSpec`.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    expert: int = 1
-    context: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
