@@ -11,7 +11,13 @@ import math
 import re
 from collections.abc import Iterator
 
-__all__ = ["Collective", "find_collectives", "shape_bytes"]
+__all__ = [
+    "Collective",
+    "Occurrence",
+    "each_collective",
+    "find_collectives",
+    "shape_bytes",
+]
 
 _KINDS = {
     "all-gather",
@@ -52,6 +58,27 @@ class Collective:
     note: str = ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Occurrence:
+    """One collective instruction, as it is reached by one way through a program.
+
+    Attributes:
+        kind: XLA's name of it.
+        times: How often it is run, per execution.
+        num_bytes: Of its buffers on one device each time, as in `Collective`.
+        note: As that of a `Collective`.
+        shape: What comes out, as XLA writes it.
+        attributes: What XLA says of it besides, such as groups and metadata.
+    """
+
+    kind: str
+    times: int
+    num_bytes: int
+    note: str
+    shape: str
+    attributes: str
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Instruction:
     name: str
@@ -79,9 +106,25 @@ def find_collectives(text: str) -> tuple[Collective, ...]:
         >>> find_collectives(text)
         (Collective(kind='all-gather', count=1, num_bytes=64, note=''),)
     """
-    computations, entry = _computations(text)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     sizes: collections.Counter[tuple[str, str]] = collections.Counter()
+    for found in each_collective(text):
+        counts[found.kind, found.note] += found.times
+        sizes[found.kind, found.note] += found.times * found.num_bytes
+    return tuple(
+        Collective(kind=kind, count=counts[kind, note], num_bytes=size, note=note)
+        for (kind, note), size in sorted(sizes.items())
+    )
+
+
+def each_collective(text: str) -> list[Occurrence]:
+    """Lists the collective instructions of a compiled module.
+
+    Args:
+        text: What `Compiled.as_text` returns.
+    """
+    computations, entry = _computations(text)
+    listed: list[Occurrence] = []
 
     def visit(name: str, times: int, note: str) -> None:
         instructions = computations.get(name, [])
@@ -95,16 +138,21 @@ def find_collectives(text: str) -> tuple[Collective, ...]:
                 end = ends.get(found.name, found)
                 is_lonely_start = kind != found.opcode and end is found
                 outputs = 0 if is_lonely_start else shape_bytes(end.shape)
-                counts[kind, note] += times
-                sizes[kind, note] += times * max(inputs, outputs)
+                listed.append(
+                    Occurrence(
+                        kind=kind,
+                        times=times,
+                        num_bytes=max(inputs, outputs),
+                        note=note,
+                        shape=end.shape,
+                        attributes=found.attributes,
+                    )
+                )
             for callee, passes, inner in _calls(found):
                 visit(callee, times * passes, note or inner)
 
     visit(entry, 1, "")
-    return tuple(
-        Collective(kind=kind, count=counts[kind, note], num_bytes=size, note=note)
-        for (kind, note), size in sorted(sizes.items())
-    )
+    return listed
 
 
 def shape_bytes(shape: str) -> int:

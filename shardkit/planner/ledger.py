@@ -1,21 +1,63 @@
 """What a program computes and exchanges, in units that no mesh enters.
 
-Owns `Cut`, how a value is cut by mesh axes of sizes yet unknown, and `Ledger`, which
-adds up work, memory accesses and exchanges by the axes that divide them. It knows no
-operations.
+Owns `Cut`, how a value is cut by mesh axes of sizes yet unknown, `Ledger`, which
+adds up work, memory accesses and exchanges by the axes that divide them, and `Habits`,
+what of it compilers do in different ways. It knows no operations.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Axes", "Cut", "Ledger", "bytes_of"]
+__all__ = ["Axes", "Cut", "Entry", "Habits", "Ledger", "axes_in", "bytes_of", "joined"]
 
 Axes = frozenset[str]
+Entry = str | tuple[str, ...] | None
+"""What cuts a dim: nothing, one mesh axis, or several."""
+
+
+def axes_in(entry: Entry) -> tuple[str, ...]:
+    """The axes that cut one dim.
+
+    >>> axes_in(None), axes_in("tensor"), axes_in(("context", "tensor"))
+    ((), ('tensor',), ('context', 'tensor'))
+    """
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
+
+
+def joined(axes: Iterable[str]) -> Entry:
+    """A dim that these axes cut; the inverse of `axes_in`."""
+    found = (*axes,)
+    return found if len(found) > 1 else found[0] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Habits:
+    """What compilers do in different ways.
+
+    Attributes:
+        sums_late: Whether addends are added up before devices exchange them, so that
+            several products that end in one sum exchange once. XLA does that for GPUs
+            (it reassociates all-reduces); for the CPU it exchanges after each product.
+        scatters: Whether a sum of which each device needs a piece is a reduce-scatter;
+            if not, all of it is exchanged and cut, as XLA does for the CPU.
+
+    Example:
+        >>> Habits.of("cpu")
+        Habits(sums_late=False, scatters=False)
+    """
+
+    sums_late: bool = True
+    scatters: bool = True
+
+    @classmethod
+    def of(cls, platform: str) -> "Habits":
+        """Those of XLA for a platform, such as `"cpu"` or `"gpu"`."""
+        return cls(sums_late=platform != "cpu", scatters=platform != "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +65,11 @@ class Cut:
     """How one value is cut.
 
     Attributes:
-        dims: For every dim the mesh axis that cuts it, or None.
+        dims: For every dim the mesh axis that cuts it, or axes, or None.
         partial: Axes over which the devices hold addends, not the sum.
     """
 
-    dims: tuple[str | None, ...]
+    dims: tuple[Entry, ...]
     partial: Axes = frozenset()
 
     @classmethod
@@ -38,12 +80,21 @@ class Cut:
     @property
     def axes(self) -> Axes:
         """The axes that cut it."""
-        return frozenset(axis for axis in self.dims if axis)
+        return frozenset(axis for entry in self.dims for axis in axes_in(entry))
+
+    def place(self, axis: str) -> int:
+        """The dim that an axis cuts; -1 for none."""
+        return next((d for d, e in enumerate(self.dims) if axis in axes_in(e)), -1)
 
     def without(self, axis: str) -> "Cut":
         """The same, whole along an axis."""
-        dims = tuple(None if a == axis else a for a in self.dims)
+        dims = tuple(joined(a for a in axes_in(e) if a != axis) for e in self.dims)
         return Cut(dims, self.partial)
+
+    def cut_at(self, dim: int, axis: str) -> "Cut":
+        """The same, with a dim cut by an axis too."""
+        entry = joined((*axes_in(self.dims[dim]), axis))
+        return Cut((*self.dims[:dim], entry, *self.dims[dim + 1 :]), self.partial)
 
 
 @dataclasses.dataclass
@@ -57,9 +108,12 @@ class Ledger:
         other_bytes: Axes → bytes that all other operations write.
         exchanges: `(kind, axis, axes)` → bytes of the buffers of collectives over
             `axis`, on devices that cut them along `axes`.
+        pieces: `(axis, axes)` → bytes that each device adds to all-gathers over `axis`
+            whose result grows with the size of the axis.
         calls: Axis → how many such collectives there are.
         divisors: Axis → what divides all dims that it cuts in products.
         notes: What could not be followed or counted.
+        habits: How the compiler exchanges.
     """
 
     flops: collections.Counter[tuple[str, Axes]] = dataclasses.field(
@@ -74,6 +128,9 @@ class Ledger:
     exchanges: collections.Counter[tuple[str, str, Axes]] = dataclasses.field(
         default_factory=collections.Counter
     )
+    pieces: collections.Counter[tuple[str, Axes]] = dataclasses.field(
+        default_factory=collections.Counter
+    )
     calls: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -81,6 +138,7 @@ class Ledger:
         default_factory=collections.Counter
     )
     notes: list[str] = dataclasses.field(default_factory=list)
+    habits: Habits = dataclasses.field(default_factory=Habits)
 
     @property
     def total_flops(self) -> int:
@@ -94,6 +152,7 @@ class Ledger:
             (self.product_bytes, other.product_bytes),
             (self.other_bytes, other.other_bytes),
             (self.exchanges, other.exchanges),
+            (self.pieces, other.pieces),
             (self.calls, other.calls),
         ]
         for mine, more in tables:
@@ -108,6 +167,28 @@ class Ledger:
         self.exchanges[kind, axis, cut.axes - {axis}] += bytes_of(aval)
         self.calls[axis] += 1
 
+    def collect(self, axis: str, aval: Any, cut: Cut) -> None:
+        """Notes that every device along `axis` gets what each has of `aval`'s size."""
+        self.pieces[axis, cut.axes - {axis}] += bytes_of(aval)
+        self.calls[axis] += 1
+
+    def buffers(self, sizes: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+        """Bytes of the buffers of one device, by kind and axis, on axes of these sizes.
+
+        There are none along an axis of size 1.
+        """
+        found: dict[tuple[str, str], Any] = {}
+        amounts = [(key, n) for key, n in self.exchanges.items()]
+        amounts += [
+            (("all-gather", axis, axes), n * sizes.get(axis, 1))
+            for (axis, axes), n in self.pieces.items()
+        ]
+        for (kind, axis, axes), amount in amounts:
+            count = math.prod(sizes.get(a, 1) for a in axes)
+            part = amount / count * (sizes.get(axis, 1) != 1)
+            found[kind, axis] = found.get((kind, axis), 0) + part
+        return found
+
     def scaled(self, factor: float) -> "Ledger":
         """The same program on so many times the rows."""
 
@@ -120,6 +201,7 @@ class Ledger:
             product_bytes=times(self.product_bytes),
             other_bytes=times(self.other_bytes),
             exchanges=times(self.exchanges),
+            pieces=times(self.pieces),
         )
 
     def share(self, table: Mapping[Axes, float], sizes: Mapping[str, Any]) -> Any:

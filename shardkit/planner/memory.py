@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from shardkit.mesh import GROUP_AXES
 from shardkit.planner.meshes import Meshes
 from shardkit.planner.model_facts import Leaf, ModelFacts
 from shardkit.planner.placement_model import Exchange
@@ -167,14 +166,6 @@ def state_exchanges(
         # One number per leaf, each time over the microbatches: hardly ever twice.
         peaks = np.full(len(meshes), 4.0 * len(facts.params))
         found.append(_exchange("all-reduce", "data", "peaks", peaks, data * fsdp))
-    for axis in GROUP_AXES:
-        # Leaves that an axis leaves whole have a part of their gradient on each device.
-        alike = [leaf for leaf in facts.params if axis not in leaf.cuts]
-        if axis != "tensor":
-            amount = _bytes(alike, meshes, 4) * limbs
-            found.append(
-                _exchange("all-reduce", axis, "grads", amount, meshes.sizes[axis])
-            )
     return found
 
 
