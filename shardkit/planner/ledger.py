@@ -163,8 +163,10 @@ class Ledger:
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def exchange(self, kind: str, axis: str, aval: Any, cut: Cut) -> None:
-        """Notes a collective over `axis` whose larger buffer is `aval`, cut so."""
-        self.exchanges[kind, axis, cut.axes - {axis}] += bytes_of(aval)
+        """Notes a collective over `axis` of `aval`, cut so."""
+        # All devices have all of it before or after, but for those that swap pieces.
+        axes = cut.axes | {axis} if kind == "all-to-all" else cut.axes - {axis}
+        self.exchanges[kind, axis, axes] += bytes_of(aval)
         self.calls[axis] += 1
 
     def collect(self, axis: str, aval: Any, cut: Cut) -> None:

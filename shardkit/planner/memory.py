@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shardkit.mesh import GROUP_AXES
 from shardkit.planner.meshes import Meshes
 from shardkit.planner.model_facts import Leaf, ModelFacts
 from shardkit.planner.placement_model import Exchange
@@ -90,7 +91,7 @@ def memory(facts: ModelFacts, meshes: Meshes, *, exact: bool = True) -> dict[str
     whole = whole_bytes(facts.params, meshes)
     floats = whole_bytes(facts.params, meshes, 4)
     limbs = floats * (2 if exact else 1)
-    activations = activation_share(facts, meshes) * facts.peak_bytes
+    activations = _activation_bytes(facts, meshes)
     # When all microbatches are done, sums are packed, sent, and made floats again.
     packed = np.minimum(limbs, BUCKET_BYTES)
     received = (limbs + floats) / meshes.sizes["fsdp"]
@@ -98,7 +99,7 @@ def memory(facts: ModelFacts, meshes: Meshes, *, exact: bool = True) -> dict[str
     return {
         **kept,
         "optimizer": np.where(meshes.offload, 0.0, kept["optimizer"]),
-        "batch": slots * facts.microbatch_bytes / meshes.sizes["context"],
+        "batch": slots * facts.microbatch_bytes,
         "other": np.full(len(meshes), _SCALARS + 4.0 * len(facts.params) * exact)
         + _left_bytes(facts, meshes),
         "gathered": whole,
@@ -116,6 +117,16 @@ def _left_bytes(facts: ModelFacts, meshes: Meshes) -> Any:
         rows = meshes.num_microbatches if np.dtype(leaf.dtype).kind in "fV" else 1
         total += 4.0 * math.prod(leaf.shape) * rows
     return total
+
+
+def _activation_bytes(facts: ModelFacts, meshes: Meshes) -> Any:
+    """What a microbatch takes on a device: as the compiler says, or an estimate."""
+    found = activation_share(facts, meshes) * facts.peak_bytes
+    for group, peak_bytes in facts.known_peaks.items():
+        sizes = zip(GROUP_AXES, group, strict=True)
+        is_this = np.logical_and.reduce([meshes.sizes[a] == n for a, n in sizes])
+        found = np.where(is_this, peak_bytes, found)
+    return found
 
 
 def activation_share(facts: ModelFacts, meshes: Meshes) -> Any:
