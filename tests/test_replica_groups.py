@@ -33,7 +33,7 @@ def some_axes():
 
 @pytest.mark.parametrize("axes", some_axes())
 def test_listed_groups(axes):
-    listed = ",".join("{%s}" % ",".join(map(str, g)) for g in groups_over(axes))
+    listed = ",".join(f"{{{','.join(map(str, g))}}}" for g in groups_over(axes))
     assert axes_of_groups(f"channel_id=1, replica_groups={{{listed}}}", MESH) == axes
 
 

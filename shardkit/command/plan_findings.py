@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from shardkit.errors import ConfigError
-from shardkit.mesh import GROUP_AXES, consistency_class
-from shardkit.planner.candidates import divisors, outer_meshes
+from shardkit.mesh import consistency_class
+from shardkit.planner.candidates import divisors, inner_sizes, outer_meshes
 from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.cost import predict
 from shardkit.planner.elastic_choice import ElasticPlan, choose_next
-from shardkit.planner.memory import state_exchanges
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
@@ -85,8 +85,11 @@ class Findings:
         """Adds up what a device exchanges in a step, by axis and collective."""
         meshes = Meshes.of(choice.sizes, choice.num_microbatches, choice.rounds)
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        for each in state_exchanges(self.facts, meshes, exact=self.job.exact):
-            sent = float(np.ravel(each.sent_bytes)[0])
+        exact, rounds = self.job.exact, float(meshes.rounds[0])
+        all_of = [(x, 1.0) for x in state_exchanges(self.facts, meshes, exact=exact)]
+        each_of = microbatch_exchanges(self.facts, meshes, exact=exact)
+        for each, times in [*all_of, *((x, rounds) for x in each_of)]:
+            sent = float(np.ravel(each.sent_bytes)[0]) * times
             if not sent:
                 continue
             row = found.setdefault(
@@ -94,8 +97,8 @@ class Findings:
                 {"axis": each.axis, "collective": each.kind, "of": []}
                 | {"buffer_bytes": 0.0, "sent_bytes": 0.0},
             )
-            row["of"].append(each.state)
-            row["buffer_bytes"] += float(np.ravel(each.num_bytes)[0])
+            row["of"] += [each.state] * (each.state not in row["of"])
+            row["buffer_bytes"] += float(np.ravel(each.num_bytes)[0]) * times
             row["sent_bytes"] += sent
         return list(found.values())
 
@@ -171,10 +174,20 @@ def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
         for axis, size in zip(leaf.cuts, leaf.shape, strict=True)
         if axis == "fsdp"
     ]
-    inner: dict[str, int] = {axis: 1 for axis in GROUP_AXES}
-    meshes = outer_meshes(
-        inner, Quotas(topology, 1), num, max(dims, default=1), job.fixed
-    )
+    most = max(dims, default=1)
+    rows = [*inner_sizes(facts.divisors, topology.num_devices, job.fixed)]
+    groups = {math.prod(row.values()) for row in rows}
+    quotas = {size: Quotas(topology, size) for size in groups}
+    found = [
+        outer_meshes(row, quotas[math.prod(row.values())], num, most, job.fixed)
+        for row in rows
+    ]
+    if not sum(map(len, found)):
+        raise ConfigError(
+            f"no mesh of {topology.num_devices} devices has the sizes that are given: "
+            f"{job.fixed}. Let --axes name more."
+        )
+    meshes = Meshes.join(found)
     costs = predict(facts, meshes, profile, topology, exact=job.exact)
     # Of those that take as little the one with the fewest devices.
     order = np.lexsort((meshes.num_devices, costs.memory_bytes))

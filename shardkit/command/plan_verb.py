@@ -30,6 +30,8 @@ exit codes:
   0    there is a mesh that fits
   2    none fits, or bad input: a message says what would do
 """
+# As `shardkit.mesh` has them, which would import JAX.
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 _UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20, "TB": 1e12}
 
 
@@ -68,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also plan how to go on with K devices fewer",
     )
     parser.add_argument(
+        "--axes",
+        metavar="LIST",
+        type=_axes,
+        help=f"whose sizes to look for, of {','.join(MESH_AXES)}; of the others, data "
+        "and fsdp are 1 and the rest as in the config [all that the model can use]",
+    )
+    parser.add_argument(
         "--consistency",
         choices=("exact", "fast"),
         help="keep the bits, or not [train.consistency of the config]",
@@ -100,7 +109,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     find_modules()
     spec = MeshSpec(**configs.to_dict(config)["mesh"])
     found = find(
-        read_job(config, arguments.consistency or config.train.consistency),
+        read_job(
+            config,
+            arguments.consistency or config.train.consistency,
+            axes=arguments.axes,
+            platform="cpu" if profile.is_shared else "gpu",
+        ),
         Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
         dataclasses.replace(
             profile, memory_bytes=arguments.hbm or profile.memory_bytes
@@ -114,6 +128,21 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     else:
         show(found, arguments, config, output)
     return 0
+
+
+def _axes(text: str) -> tuple[str, ...]:
+    """Reads names of mesh axes.
+
+    >>> _axes("data,fsdp")
+    ('data', 'fsdp')
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    wrong = [name for name in names if name not in MESH_AXES]
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {','.join(MESH_AXES)}, such as data,fsdp; found {text!r}"
+        )
+    return names
 
 
 def _size(text: str) -> float:

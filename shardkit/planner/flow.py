@@ -104,6 +104,7 @@ def _equation(
     name = eqn.primitive.name
     if name in _BODIES:
         return _BODIES[name](eqn, ins, ledger, looks_ahead)
+    ledger.source = f"{eqn.source_info.name_stack}/{name}"
     rule = RULES.get(name, default_rule)
     settled, outs = rule(eqn, ins, ledger)
     if not ledger.habits.sums_late:

@@ -13,7 +13,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Axes", "Cut", "Entry", "Habits", "Ledger", "axes_in", "bytes_of", "joined"]
+__all__ = [
+    "Axes",
+    "Cut",
+    "Entry",
+    "Habits",
+    "Item",
+    "Ledger",
+    "axes_in",
+    "bytes_of",
+    "joined",
+]
 
 Axes = frozenset[str]
 Entry = str | tuple[str, ...] | None
@@ -97,6 +107,35 @@ class Cut:
         return Cut((*self.dims[:dim], entry, *self.dims[dim + 1 :]), self.partial)
 
 
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One collective of a program.
+
+    Attributes:
+        kind: XLA's name of it.
+        axis: Over which axis.
+        axes: What cuts its buffer.
+        num_bytes: Of the buffer, on devices that cut nothing.
+        source: The operation that needs it, as JAX names it.
+        times: How often it is run.
+        grows: Whether what comes out is larger by the size of the axis.
+    """
+
+    kind: str
+    axis: str
+    axes: Axes
+    num_bytes: float
+    source: str = ""
+    times: int = 1
+    grows: bool = False
+
+    def bytes_on(self, sizes: Mapping[str, Any]) -> Any:
+        """Of the buffer of a device, each time, on axes of these sizes."""
+        count = math.prod(sizes.get(axis, 1) for axis in self.axes)
+        more = sizes.get(self.axis, 1) if self.grows else 1
+        return self.num_bytes / count * more * (sizes.get(self.axis, 1) != 1)
+
+
 @dataclasses.dataclass
 class Ledger:
     """Sums over a program; every key ends with the axes that divide the amount.
@@ -106,14 +145,11 @@ class Ledger:
             convolutions, a multiplication and an addition being two.
         product_bytes: Axes → bytes that these read and write.
         other_bytes: Axes → bytes that all other operations write.
-        exchanges: `(kind, axis, axes)` → bytes of the buffers of collectives over
-            `axis`, on devices that cut them along `axes`.
-        pieces: `(axis, axes)` → bytes that each device adds to all-gathers over `axis`
-            whose result grows with the size of the axis.
-        calls: Axis → how many such collectives there are.
+        items: The collectives over axes.
         divisors: Axis → what divides all dims that it cuts in products.
         notes: What could not be followed or counted.
         habits: How the compiler exchanges.
+        source: The operation that is followed just now.
     """
 
     flops: collections.Counter[tuple[str, Axes]] = dataclasses.field(
@@ -125,20 +161,13 @@ class Ledger:
     other_bytes: collections.Counter[Axes] = dataclasses.field(
         default_factory=collections.Counter
     )
-    exchanges: collections.Counter[tuple[str, str, Axes]] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    pieces: collections.Counter[tuple[str, Axes]] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    calls: collections.Counter[str] = dataclasses.field(
-        default_factory=collections.Counter
-    )
+    items: list[Item] = dataclasses.field(default_factory=list)
     divisors: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
     )
     notes: list[str] = dataclasses.field(default_factory=list)
     habits: Habits = dataclasses.field(default_factory=Habits)
+    source: str = ""
 
     @property
     def total_flops(self) -> int:
@@ -151,13 +180,13 @@ class Ledger:
             (self.flops, other.flops),
             (self.product_bytes, other.product_bytes),
             (self.other_bytes, other.other_bytes),
-            (self.exchanges, other.exchanges),
-            (self.pieces, other.pieces),
-            (self.calls, other.calls),
         ]
         for mine, more in tables:
             for key, amount in more.items():
                 mine[key] += amount * times
+        self.items += [
+            dataclasses.replace(x, times=x.times * times) for x in other.items
+        ]
         for axis, size in other.divisors.items():
             self.divisors[axis] = math.gcd(self.divisors[axis], size)
         self.notes += [note for note in other.notes if note not in self.notes]
@@ -166,13 +195,26 @@ class Ledger:
         """Notes a collective over `axis` of `aval`, cut so."""
         # All devices have all of it before or after, but for those that swap pieces.
         axes = cut.axes | {axis} if kind == "all-to-all" else cut.axes - {axis}
-        self.exchanges[kind, axis, axes] += bytes_of(aval)
-        self.calls[axis] += 1
+        self.items.append(Item(kind, axis, axes, bytes_of(aval), self.source))
 
     def collect(self, axis: str, aval: Any, cut: Cut) -> None:
         """Notes that every device along `axis` gets what each has of `aval`'s size."""
-        self.pieces[axis, cut.axes - {axis}] += bytes_of(aval)
-        self.calls[axis] += 1
+        axes, size = cut.axes - {axis}, bytes_of(aval)
+        item = Item("all-gather", axis, axes, size, self.source, grows=True)
+        self.items.append(item)
+
+    @property
+    def exchanges(self) -> dict[tuple[str, str, Axes], float]:
+        """`(kind, axis, axes)` → bytes of buffers, on devices that cut them so."""
+        found: dict[tuple[str, str, Axes], float] = {}
+        for x in self.items:
+            key = x.kind, x.axis, x.axes
+            found[key] = found.get(key, 0) + x.num_bytes * x.times
+        return found
+
+    def calls(self, axis: str) -> int:
+        """How many collectives go over an axis."""
+        return sum(x.times for x in self.items if x.axis == axis)
 
     def buffers(self, sizes: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
         """Bytes of the buffers of one device, by kind and axis, on axes of these sizes.
@@ -180,16 +222,18 @@ class Ledger:
         There are none along an axis of size 1.
         """
         found: dict[tuple[str, str], Any] = {}
-        amounts = [(key, n) for key, n in self.exchanges.items()]
-        amounts += [
-            (("all-gather", axis, axes), n * sizes.get(axis, 1))
-            for (axis, axes), n in self.pieces.items()
-        ]
-        for (kind, axis, axes), amount in amounts:
-            count = math.prod(sizes.get(a, 1) for a in axes)
-            part = amount / count * (sizes.get(axis, 1) != 1)
-            found[kind, axis] = found.get((kind, axis), 0) + part
+        for x in self._merged():
+            part = x.bytes_on(sizes)
+            found[x.kind, x.axis] = found.get((x.kind, x.axis), 0) + part
         return found
+
+    def _merged(self) -> list[Item]:
+        """The same bytes in fewer items, where none is asked for by itself."""
+        sums: dict[Item, float] = {}
+        for x in self.items:
+            key = Item(x.kind, x.axis, x.axes, 0, grows=x.grows)
+            sums[key] = sums.get(key, 0) + x.num_bytes * x.times
+        return [dataclasses.replace(x, num_bytes=n) for x, n in sums.items()]
 
     def scaled(self, factor: float) -> "Ledger":
         """The same program on so many times the rows."""
@@ -202,8 +246,10 @@ class Ledger:
             flops=times(self.flops),
             product_bytes=times(self.product_bytes),
             other_bytes=times(self.other_bytes),
-            exchanges=times(self.exchanges),
-            pieces=times(self.pieces),
+            items=[
+                dataclasses.replace(x, num_bytes=x.num_bytes * factor)
+                for x in self.items
+            ],
         )
 
     def share(self, table: Mapping[Axes, float], sizes: Mapping[str, Any]) -> Any:

@@ -1,0 +1,353 @@
+"""What the planner predicts of meshes, beside what XLA makes of them.
+
+    python benchmarks/predicted_placements.py [--only NUMBER ...] [--write FILE]
+
+For each pair of a model and a mesh of up to eight emulated devices a step is compiled,
+and nothing run. Memory is that of one device: predicted from shapes alone, predicted
+with one compilation of one microbatch, and XLA's. Collectives are compared by axes,
+kind and size, one by one; what does not match is told with its class.
+"""
+
+import argparse
+import collections
+import dataclasses
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+ROWS, LENGTH, NUM_MICROBATCHES = 4, 32, 6
+BATCH, GROUP = ("data", "fsdp"), ("tensor", "expert", "context")
+
+SMALL = {"num_layers": 2, "embed_dim": 64, "mlp_dim": 192, "vocab_size": 256}
+LLAMA = {**SMALL, "scan_layers": True}
+GPT2 = {**SMALL, "norm": "layer", "mlp": "gelu", "positions": "learned"}
+GPT2 |= {"use_bias": True, "tie_embeddings": False}
+EXPERTS = {"num_layers": 2, "embed_dim": 64, "mlp_dim": 96}
+MODELS = {
+    "llama": ("gpt", LLAMA),
+    "gpt2": ("gpt", GPT2),
+    "sequence": ("gpt", {**LLAMA, "remat": True, "sequence_parallel": True}),
+    "grouped": ("gpt", {**SMALL, "num_kv_heads": 2, "remat": True}),
+    "experts": ("moe", EXPERTS),
+    "by rows": ("moe", {**EXPERTS, "capacity_per_row": True}),
+}
+PAIRS = [
+    ("llama", {"fsdp": 8}, True),
+    ("llama", {"data": 2, "fsdp": 3}, False),
+    ("llama", {"fsdp": 4, "tensor": 2}, True),
+    ("llama", {"fsdp": 2, "tensor": 4}, False),
+    ("llama", {"fsdp": 3, "tensor": 2}, True),
+    ("llama", {"data": 2, "context": 4}, True),
+    ("llama", {"fsdp": 2, "context": 2}, False),
+    ("llama", {"data": 2, "fsdp": 2, "context": 2}, True),
+    ("llama", {"fsdp": 2, "tensor": 2, "context": 2}, True),
+    ("llama", {"tensor": 4, "context": 2}, False),
+    ("gpt2", {"data": 8}, True),
+    ("gpt2", {"fsdp": 2, "tensor": 2}, True),
+    ("gpt2", {"data": 2, "tensor": 4}, False),
+    ("gpt2", {"data": 2, "fsdp": 2, "context": 2}, True),
+    ("gpt2", {"tensor": 2, "context": 2}, True),
+    ("sequence", {"fsdp": 2, "tensor": 2}, True),
+    ("sequence", {"fsdp": 2, "tensor": 4}, False),
+    ("sequence", {"fsdp": 2, "tensor": 2, "context": 2}, True),
+    ("grouped", {"fsdp": 4, "tensor": 2}, True),
+    ("grouped", {"data": 2, "context": 2}, True),
+    ("grouped", {"tensor": 2, "context": 2}, False),
+    ("experts", {"data": 2, "fsdp": 4}, True),
+    ("experts", {"fsdp": 2, "tensor": 2}, True),
+    ("experts", {"fsdp": 2, "expert": 2}, True),
+    ("experts", {"data": 2, "expert": 4}, False),
+    ("experts", {"fsdp": 2, "context": 2}, True),
+    ("experts", {"fsdp": 2, "tensor": 2, "expert": 2}, True),
+    ("experts", {"expert": 2, "context": 2}, False),
+    ("by rows", {"fsdp": 4, "tensor": 2}, True),
+    ("by rows", {"data": 2, "expert": 2}, True),
+    ("by rows", {"fsdp": 2, "expert": 4}, False),
+    ("by rows", {"data": 2, "fsdp": 2, "context": 2}, True),
+    ("by rows", {"fsdp": 2, "tensor": 2, "expert": 2}, True),
+    ("by rows", {"fsdp": 2, "expert": 2, "context": 2}, True),
+    ("by rows", {"tensor": 2, "expert": 2, "context": 2}, False),
+]
+CLASSES = {
+    "numbers": "whole numbers and masks, which XLA cuts too and joins again",
+    "once": "parameters gathered for products; XLA does it before the loop",
+    "operand": "of a product an operand is gathered, not its result summed, or the "
+    "other way round",
+    "routing": "XLA cuts the routing of tokens by the experts' axis, and gathers tokens",
+    "digits": "digits of exact norms, of which XLA knows some to be zero",
+    "scalars": "sums of a few numbers",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One collective: where, over which axes, and of how many bytes each time."""
+
+    place: str
+    kind: str
+    axes: tuple
+    num_bytes: int
+    source: str = dataclasses.field(default="", compare=False)
+    shape: str = dataclasses.field(default="", compare=False)
+
+
+def build(name):
+    import importlib
+
+    module, options = MODELS[name]
+    return importlib.import_module(f"models.{module}").build(**options)
+
+
+def step_of(model, mesh, exact):
+    """The compiled step of a trainer, and its report."""
+    import numpy as np
+    import optax
+
+    import shardkit as sk
+    from shardkit import placement
+
+    def data(step):
+        shape = NUM_MICROBATCHES * ROWS, LENGTH + 1
+        return {"tokens": np.zeros(shape, np.int32)}
+
+    found, report_program = {}, placement.report_program
+
+    def keep(program, num_devices, compiled):
+        found[program] = compiled
+        return report_program(program, num_devices, compiled)
+
+    placement.report_program = keep
+    options = {"mesh": sk.MeshSpec(**{"data": 1, "fsdp": 1, **mesh})}
+    options |= {"consistency": "exact" if exact else "fast"}
+    options |= {"num_microbatches": NUM_MICROBATCHES, "data": data}
+    try:
+        with sk.Trainer(**model, tx=optax.adamw(1e-3), **options) as trainer:
+            report = trainer.inspect(math.prod(mesh.values()))["step"]
+    finally:
+        placement.report_program = report_program
+    return found["step"], report
+
+
+def place_of(op, note, exact):
+    """Where a collective is: in a microbatch, in the loop over passes, or once."""
+    if not note:
+        return "step"
+    depth = op.count("while/body")
+    return "pass" if exact and depth == 1 else "microbatch"
+
+
+def compiled_lines(text, sizes, exact):
+    from shardkit.hlo import each_collective, shape_bytes
+    from shardkit.replica_groups import axes_of_groups
+
+    found = []
+    for each in each_collective(text):
+        names = re.search(r'op_name="([^"]*)"', each.attributes)
+        op = names.group(1) if names else ""
+        axes = axes_of_groups(each.attributes, sizes)
+        place = place_of(op, each.note, exact)
+        shapes = [(each.shape, each.num_bytes)]
+        if each.kind == "all-reduce":
+            # Several that travel together are one each.
+            parts = re.findall(r"\w+\[[\d,]*\]", each.shape)
+            shapes = [(shape, shape_bytes(shape)) for shape in parts]
+        for shape, num_bytes in shapes:
+            line = Line(place, each.kind, axes, num_bytes, op, shape)
+            found += [line] * each.times
+    return found
+
+
+def predicted_lines(facts, meshes, sizes, exact):
+    """Those of a microbatch one by one; those of a step as far as sums tell."""
+    from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
+
+    found = []
+    for item in facts.work.items:
+        if num_bytes := item.bytes_on(sizes):
+            line = Line("microbatch", item.kind, (item.axis,), int(num_bytes))
+            line = dataclasses.replace(line, source=item.source)
+            found += [line] * item.times
+    if exact:
+        for leaf in facts.params:
+            cuts = [axis for axis in leaf.cuts if axis in GROUP and sizes[axis] > 1]
+            found += [Line("microbatch", "all-reduce", (a,), 4, "peaks") for a in cuts]
+    peaks = [x for x in microbatch_exchanges(facts, meshes) if x.state == "peaks"]
+    assert not exact or sum(x.num_bytes[0] for x in peaks) == 4 * sum(
+        x.source == "peaks" for x in found
+    )
+    batch = tuple(axis for axis in BATCH if sizes[axis] > 1)
+    for each in state_exchanges(facts, meshes, exact=exact):
+        is_all = each.state in ("other grads", "metrics", "model state", "peaks")
+        axes = batch if is_all else (each.axis,)
+        if each.num_bytes[0] and all(sizes[axis] > 1 for axis in axes) and axes:
+            place = "pass" if each.state == "peaks" else "step"
+            found.append(
+                Line(place, each.kind, axes, int(each.num_bytes[0]), each.state)
+            )
+    return found
+
+
+def leftovers(predicted, compiled):
+    """What of both has no match: one by one in microbatches, in sum elsewhere."""
+    left, right = collections.Counter(predicted), collections.Counter(compiled)
+    only = [left - right, right - left]
+    for key in {(x.place, x.kind, x.axes) for x in (*left, *right)}:
+        sums = [
+            sum(x.num_bytes * n for x, n in side.items() if key_of(x) == key)
+            for side in (left, right)
+        ]
+        if sums[0] == sums[1]:
+            only = [
+                collections.Counter({x: n for x, n in side.items() if key_of(x) != key})
+                for side in only
+            ]
+    named = [{}, {}]
+    for place, (side, lines) in enumerate(zip(only, (predicted, compiled), strict=True)):
+        for line in lines:
+            if line in side:
+                named[place].setdefault(line, line)
+    return [
+        [(named[i][line], count) for line, count in only[i].items()] for i in (0, 1)
+    ]
+
+
+def key_of(line):
+    return line.place, line.kind, line.axes
+
+
+def product_of(source):
+    """The product of an operation, whichever way it is followed."""
+    return set(re.findall(r"[A-Z]{2,5},[A-Z]{2,5}->[A-Z]{2,5}", source))
+
+
+def classes_of(name, left, right):
+    """Sorts what has no match; the last class is for what nothing explains."""
+    found = collections.defaultdict(list)
+    once = [x.num_bytes for x, _ in right if (x.place, x.kind) == ("step", "all-gather")]
+    products = set().union(*(product_of(x.source) for x, _ in right), set())
+    for side, lines in (("predicted", left), ("found", right)):
+        for line, count in lines:
+            others = product_of(line.source) & products
+            if re.match(r"\(?(s32|u32|pred|s8|u8)\[", line.shape) and (
+                line.place == "microbatch"
+            ):
+                kind = "numbers"
+            elif line.place == "step" and line.kind == "all-gather":
+                kind = "once"
+            elif line.kind == "all-gather" and line.num_bytes in once:
+                kind = "once"
+            elif line.place == "step":
+                kind = "digits"
+            elif line.num_bytes <= 64:
+                kind = "scalars"
+            elif name in ("experts", "by rows") and {"expert", "context"} & {*line.axes}:
+                kind = "routing" if not others & {"BTD,DGK->BTGK"} else "operand"
+            else:
+                kind = "operand"
+            found[kind].append((side, line, count))
+    return dict(found)
+
+
+def compare(number):
+    import jax
+    import numpy as np
+    import optax
+
+    from shardkit.mesh import MESH_AXES
+    from shardkit.planner.compiled_peak import compile_microbatch
+    from shardkit.planner.ledger import Habits
+    from shardkit.planner.memory import memory
+    from shardkit.planner.meshes import Meshes
+    from shardkit.planner.reading import read_model
+
+    name, mesh, exact = PAIRS[number]
+    model, sizes = build(name), {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+    microbatch = {"tokens": jax.ShapeDtypeStruct((ROWS, LENGTH + 1), np.int32)}
+    facts = read_model(
+        model, microbatch, optax.adamw(1e-3), habits=Habits.of(jax.default_backend())
+    )
+    group = {axis: mesh[axis] for axis in GROUP if axis in mesh}
+    asked = compile_microbatch(model, microbatch, facts, group)
+    meshes = Meshes.of(mesh, NUM_MICROBATCHES)
+    compiled, report = step_of(model, mesh, exact)
+    kept = report.argument_bytes + report.output_bytes - report.reused_bytes
+    total = kept + report.temp_bytes
+    known = facts.with_peak(group, asked.peak_bytes)
+    estimates = [
+        sum(memory(x, meshes, exact=exact).values())[0] / total for x in (facts, known)
+    ]
+    predicted = predicted_lines(facts, meshes, sizes, exact)
+    lines = compiled_lines(compiled.as_text(), sizes, exact)
+    if not group:
+        # There XLA keeps collectives of one device, which send nothing.
+        lines = [x for x in lines if x.axes]
+    left, right = leftovers(predicted, lines)
+    return {
+        "total": total,
+        "estimates": estimates,
+        "bytes": [sum(x.num_bytes for x in part) for part in (predicted, lines)],
+        "asked": matches(asked, lines),
+        "classes": classes_of(name, left, right),
+    }
+
+
+def matches(asked, lines):
+    """Whether one microbatch by itself exchanges what it does in a step."""
+    found = collections.Counter()
+    for line in lines:
+        if line.place == "microbatch" and "reduce_max" not in line.source.split("jvp")[0]:
+            found[line.kind, line.axes] += line.num_bytes
+    return {
+        key: (asked.exchanges.get(key, 0), found.get(key, 0))
+        for key in {*found, *asked.exchanges}
+        if asked.exchanges.get(key, 0) != found.get(key, 0)
+    }
+
+
+def mesh_text(mesh):
+    return " ".join(f"{axis}={size}" for axis, size in mesh.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, nargs="*")
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--cache")
+    arguments = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    if arguments.cache:
+        jax.config.update("jax_compilation_cache_dir", arguments.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    print(f"JAX {jax.__version__}, {jax.default_backend()}, {ROWS} rows of {LENGTH}")
+    print("| model | mesh | sums | XLA's memory | from shapes | compiled | collectives "
+          "| differences |")
+    print("|---|---|---|---|---|---|---|---|")
+    for number in arguments.only or range(len(PAIRS)):
+        name, mesh, exact = PAIRS[number]
+        found = compare(number)
+        shapes, known = found["estimates"]
+        words = ", ".join(found["classes"]) or "none"
+        print(
+            f"| {name} | {mesh_text(mesh)} | {'exact' if exact else 'fast'} "
+            f"| {found['total'] / 2**20:.2f} MiB | {shapes:.3f} | {known:.3f} "
+            f"| {found['bytes'][0]:,} / {found['bytes'][1]:,} | {words} |",
+            flush=True,
+        )
+        if arguments.verbose:
+            for kind, lines in found["classes"].items():
+                for side, x, n in lines:
+                    print(f"    {kind}: {side} {n} x {x.place} {x.kind} over {x.axes}"
+                          f" {x.num_bytes} {x.shape} {x.source[:150]}")
+            print("    asked:", found["asked"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
