@@ -13,6 +13,7 @@ from pathlib import Path
 from shardkit import config as configs
 from shardkit.command.options import number
 from shardkit.command.output import Output
+from shardkit.config.schema import MeshSection
 from shardkit.errors import ConfigError
 from shardkit.planner.profile import load_profile, profile_names
 
@@ -30,8 +31,8 @@ exit codes:
   0    there is a mesh that fits
   2    none fits, or bad input: a message says what would do
 """
-# As `shardkit.mesh` has them, which would import JAX.
-MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+# `shardkit.mesh` has them too, and would import JAX.
+_AXES = tuple(field.name for field in dataclasses.fields(MeshSection))
 _UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20, "TB": 1e12}
 
 
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--axes",
         metavar="LIST",
         type=_axes,
-        help=f"whose sizes to look for, of {','.join(MESH_AXES)}; of the others, data "
+        help=f"whose sizes to look for, of {','.join(_AXES)}; of the others, data "
         "and fsdp are 1 and the rest as in the config [all that the model can use]",
     )
     parser.add_argument(
@@ -137,10 +138,10 @@ def _axes(text: str) -> tuple[str, ...]:
     ('data', 'fsdp')
     """
     names = tuple(name.strip() for name in text.split(","))
-    wrong = [name for name in names if name not in MESH_AXES]
+    wrong = [name for name in names if name not in _AXES]
     if wrong:
         raise argparse.ArgumentTypeError(
-            f"expected some of {','.join(MESH_AXES)}, such as data,fsdp; found {text!r}"
+            f"expected some of {','.join(_AXES)}, such as data,fsdp; found {text!r}"
         )
     return names
 

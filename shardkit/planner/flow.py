@@ -30,7 +30,8 @@ _MAX_ROUNDS = 4
 # What only renames or views bytes is not counted as written.
 _FREE = frozenset(
     """broadcast_in_dim reshape squeeze expand_dims transpose iota copy
-    optimization_barrier stop_gradient slice convert_element_type sharding_constraint""".split()
+    optimization_barrier stop_gradient slice convert_element_type
+    sharding_constraint""".split()
 )
 
 

@@ -84,9 +84,9 @@ def read_model(
     args = (params, state, microbatch, key)
     whole = [Cut.whole(x) for x in jax.tree.leaves((microbatch, key))]
     cuts = [*(Cut(_inner(leaf.cuts)) for part in leaves for leaf in part), *whole]
-    # Before there is a mesh, so that modules that are made meanwhile see none.
-    num_outputs = _num_outputs(model, args)
-    traced = [_trace(fn, args) for fn in _functions(model)]
+    # Once where no mesh is, as modules that are made meanwhile would see it.
+    num_outputs = _checked(_num_outputs, model, args)
+    traced = [_checked(_trace, fn, args) for fn in _functions(model)]
     habits = habits or Habits()
     (_, forward), (outs, work), (kept, _) = (
         follow(x.jaxpr, cuts, Ledger(habits=habits)) for x in traced
@@ -136,9 +136,13 @@ def _trace(fn: Any, args: tuple[Any, ...]) -> Any:
     mesh = AbstractMesh(
         (1,) * len(GROUP_AXES), GROUP_AXES, (AxisType.Auto,) * len(GROUP_AXES)
     )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.make_jaxpr(fn)(*args)
+
+
+def _checked(tracing: Any, fn: Any, args: tuple[Any, ...]) -> Any:
     try:
-        with jax.sharding.use_abstract_mesh(mesh):
-            return jax.make_jaxpr(fn)(*args)
+        return tracing(fn, args)
     except Exception as error:
         shapes = ", ".join(
             f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
