@@ -73,13 +73,19 @@ PAIRS = [
     ("by rows", {"tensor": 2, "expert": 2, "context": 2}, False),
 ]
 CLASSES = {
-    "numbers": "whole numbers and masks, which XLA cuts too and joins again",
-    "once": "parameters gathered for products; XLA does it before the loop",
-    "operand": "of a product an operand is gathered, not its result summed, or the "
-    "other way round",
-    "routing": "XLA cuts the routing of tokens by the experts' axis, and gathers tokens",
-    "digits": "digits of exact norms, of which XLA knows some to be zero",
+    "numbers": "token ids, masks and places of experts: XLA cuts them like what they are "
+    "computed with, and joins them again; they are predicted whole",
+    "seams": "a slice or pad of a cut dim: what lies next to a seam goes to a neighbour",
+    "once": "what follows from parameters alone: XLA does it before the loop over "
+    "microbatches",
+    "digits": "exact norms: of each digit's sums; XLA sends three of the four digits of "
+    "some matrices",
+    "sides": "where positions are cut by the axis that cuts heads, or by two axes: XLA "
+    "gathers other operands, and over both axes at once",
+    "routing": "where experts cut what rows or positions cut: XLA cuts the routing, too, "
+    "and gathers tokens where sums of places were predicted",
     "scalars": "sums of a few numbers",
+    "unknown": "not explained",
 }
 
 
@@ -219,36 +225,32 @@ def key_of(line):
     return line.place, line.kind, line.axes
 
 
-def product_of(source):
-    """The product of an operation, whichever way it is followed."""
-    return set(re.findall(r"[A-Z]{2,5},[A-Z]{2,5}->[A-Z]{2,5}", source))
+def class_of(name, line):
+    """Why a collective has no match; `"unknown"` if nothing here explains it."""
+    is_number = re.match(r"\(?(s32|u32|pred|s8|u8)\[", line.shape)
+    options = MODELS[name][1]
+    if line.kind == "collective-permute" and re.search(r"/(slice|pad)$", line.source):
+        return "seams"
+    if line.place == "step":
+        # What comes from a loss, and stands before the loop over its microbatches.
+        return "once" if "jvp" in line.source else "digits"
+    if is_number and line.place == "microbatch":
+        return "numbers"
+    if line.num_bytes <= 64:
+        return "scalars"
+    if options.get("sequence_parallel"):
+        return "sides"
+    if name in ("experts", "by rows") and {"expert", "context"} & {*line.axes}:
+        return "routing"
+    return "unknown"
 
 
 def classes_of(name, left, right):
-    """Sorts what has no match; the last class is for what nothing explains."""
+    """Sorts what has no match."""
     found = collections.defaultdict(list)
-    once = [x.num_bytes for x, _ in right if (x.place, x.kind) == ("step", "all-gather")]
-    products = set().union(*(product_of(x.source) for x, _ in right), set())
     for side, lines in (("predicted", left), ("found", right)):
         for line, count in lines:
-            others = product_of(line.source) & products
-            if re.match(r"\(?(s32|u32|pred|s8|u8)\[", line.shape) and (
-                line.place == "microbatch"
-            ):
-                kind = "numbers"
-            elif line.place == "step" and line.kind == "all-gather":
-                kind = "once"
-            elif line.kind == "all-gather" and line.num_bytes in once:
-                kind = "once"
-            elif line.place == "step":
-                kind = "digits"
-            elif line.num_bytes <= 64:
-                kind = "scalars"
-            elif name in ("experts", "by rows") and {"expert", "context"} & {*line.axes}:
-                kind = "routing" if not others & {"BTD,DGK->BTGK"} else "operand"
-            else:
-                kind = "operand"
-            found[kind].append((side, line, count))
+            found[class_of(name, line)].append((side, line, count))
     return dict(found)
 
 
