@@ -45,7 +45,9 @@ def random_tokens(rows, length, vocab_size, seed=0):
 class Ours:
     """One placement of shardkit, driven without the trainer's bookkeeping."""
 
-    def __init__(self, model, tx, devices, batch, num_microbatches, *, exact):
+    def __init__(
+        self, model, tx, devices, batch, num_microbatches, *, exact, mesh=None
+    ):
         self.recipe = Recipe(
             init=model.init,
             loss=model.loss,
@@ -55,7 +57,7 @@ class Ours:
         )
         self.layout, *_ = lay_out(self.recipe, model.axis_rules)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-        spec = sk.MeshSpec(data=1, fsdp=-1)
+        spec = mesh or sk.MeshSpec(data=1, fsdp=-1)
         self.placement = Placements(
             self.recipe,
             self.layout,

@@ -147,23 +147,22 @@ def place_of(op, note, exact):
 
 
 def compiled_lines(text, sizes, exact):
-    from shardkit.hlo import each_collective, shape_bytes
-    from shardkit.replica_groups import axes_of_groups
+    from shardkit.hlo import find_exchanges, parse_module, shape_bytes
+    from shardkit.hlo.groups import span_of
 
     found = []
-    for each in each_collective(text):
-        names = re.search(r'op_name="([^"]*)"', each.attributes)
-        op = names.group(1) if names else ""
-        axes = axes_of_groups(each.attributes, sizes)
+    for each in find_exchanges(parse_module(text)):
+        op, shape = each.instruction.op_name, each.end.shape
+        axes = span_of(each.instruction.attributes, sizes).axes
         place = place_of(op, each.note, exact)
-        shapes = [(each.shape, each.num_bytes)]
+        shapes = [(shape, each.num_bytes)]
         if each.kind == "all-reduce":
             # Several that travel together are one each.
-            parts = re.findall(r"\w+\[[\d,]*\]", each.shape)
-            shapes = [(shape, shape_bytes(shape)) for shape in parts]
-        for shape, num_bytes in shapes:
-            line = Line(place, each.kind, axes, num_bytes, op, shape)
-            found += [line] * each.times
+            parts = re.findall(r"\w+\[[\d,]*\]", shape)
+            shapes = [(part, shape_bytes(part)) for part in parts]
+        for part, num_bytes in shapes:
+            line = Line(place, each.kind, axes, num_bytes, op, part)
+            found += [line] * each.count
     return found
 
 
@@ -212,7 +211,9 @@ def leftovers(predicted, compiled):
                 for side in only
             ]
     named = [{}, {}]
-    for place, (side, lines) in enumerate(zip(only, (predicted, compiled), strict=True)):
+    for place, (side, lines) in enumerate(
+        zip(only, (predicted, compiled), strict=True)
+    ):
         for line in lines:
             if line in side:
                 named[place].setdefault(line, line)
@@ -301,7 +302,10 @@ def matches(asked, lines):
     """Whether one microbatch by itself exchanges what it does in a step."""
     found = collections.Counter()
     for line in lines:
-        if line.place == "microbatch" and "reduce_max" not in line.source.split("jvp")[0]:
+        if (
+            line.place == "microbatch"
+            and "reduce_max" not in line.source.split("jvp")[0]
+        ):
             found[line.kind, line.axes] += line.num_bytes
     return {
         key: (asked.exchanges.get(key, 0), found.get(key, 0))
@@ -329,8 +333,10 @@ def main():
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     print(f"JAX {jax.__version__}, {jax.default_backend()}, {ROWS} rows of {LENGTH}")
-    print("| model | mesh | sums | XLA's memory | from shapes | compiled | collectives "
-          "| differences |")
+    print(
+        "| model | mesh | sums | XLA's memory | from shapes | compiled | collectives "
+        "| differences |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for number in arguments.only or range(len(PAIRS)):
         name, mesh, exact = PAIRS[number]
@@ -346,8 +352,10 @@ def main():
         if arguments.verbose:
             for kind, lines in found["classes"].items():
                 for side, x, n in lines:
-                    print(f"    {kind}: {side} {n} x {x.place} {x.kind} over {x.axes}"
-                          f" {x.num_bytes} {x.shape} {x.source[:150]}")
+                    print(
+                        f"    {kind}: {side} {n} x {x.place} {x.kind} over {x.axes}"
+                        f" {x.num_bytes} {x.shape} {x.source[:150]}"
+                    )
             print("    asked:", found["asked"], flush=True)
 
 

@@ -1,11 +1,10 @@
 """A decoder-only transformer in Flax NNX, GPT-2 and Llama being two of its settings.
 
 Owns the architecture; its options are in `gpt_config.py`. Every parameter carries
-logical axes as NNX metadata. Where a group of devices computes a microbatch together,
-`share_stream` and `whole_context` ask how it shares activations; nothing else here knows
-of meshes or devices. Invariants: the
-function computed depends neither on `scan_layers` nor on `remat`, no gradient contains
-a scatter, and a dropout mask depends on the key and on the place in the network alone.
+logical axes as NNX metadata. `share_stream` and `whole_context` say how a group of
+devices shares activations; nothing else here knows of meshes. Invariants: the function
+computed depends neither on `scan_layers` nor on `remat`, no gradient contains a
+scatter, and a dropout mask depends on the key and on the place in the network alone.
 Dropout acts on the embeddings and on what each sublayer adds, not on attention weights.
 
 Shape suffixes:

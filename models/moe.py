@@ -198,16 +198,14 @@ class Experts(nnx.Module):
         if per_row:
             y_RECD = sk.constrain(y_RECD, "expert", ..., ..., ...)
         y_RND = jnp.einsum("RNEC,RECD->RND", routed.combine_NEC, y_RECD)
-        joined = [
-            x.reshape(-1, *x.shape[2:])
-            for x in (probability_RNE, routed.dispatch_NEC, routed.combine_NEC)
-        ]
-        shares, dropped = routed.share_E.mean(0), routed.num_dropped.sum()
-        return (
-            y_RND.reshape(x_BTD.shape),
-            joined[0],
-            Routed(*joined[1:], shares, dropped),
+        all_rows = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        together = Routed(
+            all_rows(routed.dispatch_NEC),
+            all_rows(routed.combine_NEC),
+            routed.share_E.mean(0),
+            routed.num_dropped.sum(),
         )
+        return y_RND.reshape(x_BTD.shape), all_rows(probability_RNE), together
 
 
 class _Block(gpt.Block):

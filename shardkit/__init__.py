@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.evaluation import FixedSet as FixedSet
     from shardkit.events import EventLog as EventLog
+    from shardkit.explain.program import explain_program as explain_program
     from shardkit.frameworks.equinox import from_equinox as from_equinox
     from shardkit.frameworks.haiku import from_haiku as from_haiku
     from shardkit.frameworks.linen import from_linen as from_linen
@@ -78,6 +79,7 @@ _HOMES = {
     "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig FixedSet",
     "events": "EventLog",
+    "explain.program": "explain_program",
     "frameworks.equinox": "from_equinox",
     "frameworks.haiku": "from_haiku",
     "frameworks.linen": "from_linen",

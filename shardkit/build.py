@@ -22,6 +22,7 @@ __all__ = [
     "build_trainer",
     "call_factory",
     "device_pool",
+    "placement_rules",
     "resolve_factory",
 ]
 
@@ -227,6 +228,19 @@ def build_sampler(config: RunConfig) -> Callable[..., Any]:
     return sample
 
 
+def placement_rules(config: RunConfig, model: Any) -> dict[str, Any]:
+    """Returns `axis_rules`, the model's with the config's over them, and `path_rules`.
+
+    Empty text is None in both.
+    """
+    own = {name: axis or None for name, axis in config.axis_rules.items()}
+    paths = {
+        glob: tuple(name or None for name in names)
+        for glob, names in config.path_rules.items()
+    }
+    return {"axis_rules": {**model.axis_rules, **own}, "path_rules": paths}
+
+
 def _loss_scale(scale: float | None) -> Any:
     from shardkit.recipe import LossScale
 
@@ -242,6 +256,7 @@ def build_trainer(
     snapshot: Any = None,
     speeds: Mapping[int, float] | None = None,
     probe: Any = None,
+    batches: tuple[Any, Any | None, str | None] | None = None,
 ) -> tuple[Any, str | None]:
     """Builds everything that a config names.
 
@@ -253,6 +268,7 @@ def build_trainer(
         snapshot: An `sk.SnapshotConfig`; None for what the config says.
         speeds: Device id → how fast it is beside the others.
         probe: What measures how fast this process is; None for nothing.
+        batches: What stands for the data of the config, as `build_batches` returns it.
 
     Returns:
         A `Trainer` that has not begun, and the digest of its corpus or None.
@@ -266,7 +282,7 @@ def build_trainer(
     from shardkit.model_state import split_variables
     from shardkit.optim import build_optimizer
 
-    train, valid, digest = build_batches(config)
+    train, valid, digest = batches or build_batches(config)
     model = call_factory(config.model.factory, config.model.options, where="model")
     evaluation = None
     if valid is not None:
@@ -282,7 +298,6 @@ def build_trainer(
         snapshot = sk.SnapshotConfig(every=config.snapshot.every)
     made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     params, _ = split_variables(made)
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
         init=model.init,
         loss=model.loss,
@@ -291,7 +306,7 @@ def build_trainer(
         data=train,
         mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
         combine=model.combine,
-        axis_rules={**model.axis_rules, **rules},
+        **placement_rules(config, model),
         num_microbatches=config.data.ramp,
         seed=config.train.seed,
         consistency=config.train.consistency,

@@ -19,6 +19,7 @@ from shardkit.collectives import gather_pieces
 from shardkit.gradient import MicrobatchLoop
 from shardkit.groups import each_of_group
 from shardkit.keys import stream
+from shardkit.labels import label
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES, group_size
@@ -130,6 +131,7 @@ class DeviceWork:
             self.recipe.exact,
             self.combiner,
             self.recipe.noise_scale,
+            tuple(leaf.path for leaf in jax.tree.leaves(self.layout.params)),
             tuple(jax.tree.leaves(self._group_specs and self._group_specs.params)),
         )
 
@@ -142,15 +144,15 @@ class DeviceWork:
         cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
         dims = [leaves[i].dim for i in cut]
         sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
+        names = [leaves[i].path for i in cut]
+        on = self.mesh.shape
+        specs = [leaves[i].spec_on(on, gathered=True) for i in cut]
 
         def gather(pieces: list[Array]) -> list[Array]:
-            return gather_pieces(pieces, dims, sizes, self.shards)
+            return gather_pieces(pieces, dims, sizes, self.shards, names)
 
-        if group_size(self.mesh) > 1:
-            on = self.mesh.shape
-            specs = [leaves[i].spec_on(on, gathered=True) for i in cut]
-            gather = each_of_group(gather, specs)
-        for i, whole in zip(cut, gather([arrays[i] for i in cut]), strict=True):
+        share = each_of_group(gather, specs) if group_size(self.mesh) > 1 else gather
+        for i, whole in zip(cut, share([arrays[i] for i in cut]), strict=True):
             arrays[i] = whole
         # What follows must see parameters, not slices of a gathered buffer.
         return lax.optimization_barrier(treedef.unflatten(arrays))
@@ -182,14 +184,15 @@ class DeviceWork:
             loss_scale=state.loss_scale and state.loss_scale[0],
         )
         localizer = Localizer(self.shards, zero := opaque_zero(state.step))
-        (state, metrics), (new_dims, _) = localizer(
-            self.recipe.update,
-            (state, grads, grad_exponent, model_state),
-            update_arguments(dims, lambda _: -1),
-            update_arguments(abstract, lambda x: x),
-        )
-        state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
-        state = self._pin(state, self._group_specs)
+        with label("update"):
+            (state, metrics), (new_dims, _) = localizer(
+                self.recipe.update,
+                (state, grads, grad_exponent, model_state),
+                update_arguments(dims, lambda _: -1),
+                update_arguments(abstract, lambda x: x),
+            )
+            state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
+            state = self._pin(state, self._group_specs)
         metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
         return state, metrics | {"gradient_passes": passes}
 

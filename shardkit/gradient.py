@@ -25,6 +25,7 @@ from shardkit.exact_sum import (
 )
 from shardkit.groups import each_of_group
 from shardkit.keys import step_key
+from shardkit.labels import label
 from shardkit.layout import state_shards
 from shardkit.mesh import BATCH_AXES, exchange_axes, group_size
 from shardkit.microbatch import Grid
@@ -58,9 +59,10 @@ class MicrobatchLoop:
         grid: How they share it.
         exact: Whether sums keep their bits on every mesh.
         combiner: How the model's states that microbatches leave become one.
+        noise: Whether the squares of microbatch gradients are summed too.
+        names: The paths of the parameters, to label their sums.
         specs: For each parameter how it, and its gradient, is cut within a group of
             devices; empty if a microbatch is one device's.
-        noise: Whether the squares of microbatch gradients are summed too.
     """
 
     loss: Callable[..., Any]
@@ -70,6 +72,7 @@ class MicrobatchLoop:
     exact: bool = True
     combiner: Combiner = dataclasses.field(default_factory=Combiner)
     noise: bool = False
+    names: tuple[str, ...] = ()
     specs: tuple[PartitionSpec, ...] = ()
 
     def evaluate(
@@ -170,7 +173,8 @@ class MicrobatchLoop:
         for factor in factors:
             sums = [unfused(g * factor, zero) for g in sums]
         grads = [g.astype(p.dtype) for g, p in zip(sums, leaves, strict=True)]
-        states = self.combiner.finish(states, before, self._add_whole, zero)
+        with label("state"):
+            states = self.combiner.finish(states, before, self._add_whole, zero)
         after, grads = state_tree.unflatten(states), treedef.unflatten(grads)
         return out, after, grads, grad_exponent, passes
 
@@ -213,7 +217,8 @@ class MicrobatchLoop:
 
             limbs, peaks, kept = lax.fori_loop(0, count, body, empty)
             if axes := exchange_axes(self.mesh):
-                peaks = lax.pmax(peaks, axes)
+                with label("range"):
+                    peaks = lax.pmax(peaks, axes)
             return (limbs, peaks, kept), exponents, passes + 1
 
         (limbs, peaks, kept), exponents, passes = lax.while_loop(
@@ -221,7 +226,7 @@ class MicrobatchLoop:
         )
         num = len(leaves)
         limbs = [pair[0] for pair in limbs] + [pair[1] for pair in limbs]
-        limbs = self._add_over_devices(limbs, dims * 2, self.specs * 2)
+        limbs = self._add_over_devices(limbs, dims * 2, self.names * 2, self.specs * 2)
         sums = [
             jnp.where(
                 is_summable(peaks[n]),
@@ -249,7 +254,7 @@ class MicrobatchLoop:
 
         empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
         sums, kept = lax.fori_loop(0, count, body, (empty, kept))
-        return kept, self._add_over_devices(sums, dims, self.specs)
+        return kept, self._add_over_devices(sums, dims, self.names, self.specs)
 
     @property
     def _is_grouped(self) -> bool:
@@ -275,22 +280,23 @@ class MicrobatchLoop:
             return found
         return jax.tree.map(lambda a, b: jnp.where(counts, a, b), found, nothing)
 
-    def _pin(self, arrays: Sequence[Array]) -> Sequence[Array]:
+    def _pin(self, arrays: Sequence[Array]) -> list[Array]:
         """Keeps gradients, or sums of them, cut as the parameters are."""
         if not self.specs:
-            return arrays
+            return list(arrays)
         return [*map(lax.with_sharding_constraint, arrays, self.specs)]
 
     def _add_over_devices(
         self,
         arrays: list[Array],
         dims: list[int],
+        names: tuple[str, ...] = (),
         specs: tuple[PartitionSpec, ...] = (),
     ) -> list[Array]:
         shards, axes = state_shards(self.mesh), exchange_axes(self.mesh)
 
         def add(arrays: list[Array]) -> list[Array]:
-            return sum_to_pieces(arrays, dims, shards, axes)
+            return sum_to_pieces(arrays, dims, shards, axes, names)
 
         return each_of_group(add, list(specs))(arrays) if specs else add(arrays)
 
@@ -305,7 +311,8 @@ class MicrobatchLoop:
         """Adds the results of all microbatches, each known to one device."""
         # As integers, since adding 0.0 would turn -0.0 into 0.0.
         bits = lax.bitcast_convert_type(rows, jnp.int32)
-        bits = psum(bits, exchange_axes(self.mesh))
+        with label("metrics"):
+            bits = psum(bits, exchange_axes(self.mesh))
         rows = lax.bitcast_convert_type(bits, jnp.float32)
         sums = exact_sum(rows, [1]) if self.exact else jnp.sum(rows, axis=1)
         return self.output.unflatten(list(sums))

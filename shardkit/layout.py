@@ -41,27 +41,27 @@ class LeafLayout:
         shape: Its logical (global, unpadded) shape.
         dtype: Its dtype.
         dim: The dim that is cut along `fsdp`; -1 for none.
+        axes: The logical axis of every dim, for information; None if not annotated.
         group: The axes of a group that cut it where they divide it, and which dim each
             of them cuts: `(axis, dim)`.
-        axes: The logical axis of every dim, for information; None if not annotated.
 
     Example:
         >>> leaf = LeafLayout("w", (5, 4), np.dtype("float32"), 0)
         >>> leaf.physical_shape(2), leaf.interval(1, 2)
         ((6, 4), (3, 5))
-        >>> leaf = LeafLayout("w", (5, 4), np.dtype("float32"), 0, (("tensor", 1),))
-        >>> leaf.spec_on({"fsdp": 2, "tensor": 2})
-        PartitionSpec('fsdp', 'tensor')
-        >>> leaf.spec_on({"fsdp": 2, "tensor": 3})
-        PartitionSpec('fsdp', None)
+        >>> leaf = dataclasses.replace(leaf, group=(("tensor", 1),))
+        >>> tuple(leaf.spec_on({"fsdp": 2, "tensor": 2}))
+        ('fsdp', 'tensor')
+        >>> leaf.group_on({"fsdp": 2, "tensor": 3})
+        ()
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     dim: int = -1
-    group: tuple[tuple[str, int], ...] = ()
     axes: tuple[str | None, ...] | None = dataclasses.field(default=None, compare=False)
+    group: tuple[tuple[str, int], ...] = ()
 
     @property
     def kind(self) -> Any:

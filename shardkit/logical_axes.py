@@ -239,9 +239,10 @@ def _spec(
         cut: list[str] = []
         for one in name if isinstance(name, tuple) else (name,):
             target = mesh_axis(one, rules)
-            if target in sizes and target not in used and size % sizes[target] == 0:
+            count = sizes.get(target or "", 0)
+            if target and count and target not in used and size % count == 0:
                 used.add(target)
                 cut.append(target)
-                size //= sizes[target]
+                size //= count
         entries.append(tuple(cut) if len(cut) > 1 else cut[0] if cut else None)
     return PartitionSpec(*entries)

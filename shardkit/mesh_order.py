@@ -46,7 +46,7 @@ class MeshOrder:
                 (num, *shape),
                 dtype,
                 dim + 1 if dim >= 0 else dim,
-                tuple((axis, cut + 1) for axis, cut in group),
+                group=tuple((axis, cut + 1) for axis, cut in group),
             )
             for i, ((shape, dtype, dim, group), num) in enumerate(counts.items())
         ]

@@ -47,7 +47,7 @@ def random_state(shapes, seed=0):
     for i, (shape, dtype, dim, *group) in enumerate(shapes):
         path = f"leaf{i}"
         found = jax.random.key(0).dtype if dtype == "key" else jnp.dtype(dtype)
-        layout[path] = leaf = LeafLayout(path, shape, found, dim, *group)
+        layout[path] = leaf = LeafLayout(path, shape, found, dim, None, *group)
         words[path] = random_bits(rng, raw_leaf(leaf))
     return State(layout, words)
 

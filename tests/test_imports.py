@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # `build` above "shardkit", the package itself, whose lazy names reach all below it, and
 # `command` above `build`, as it plans what configs name.
 TIERS = [
-    "errors events version waits hlo replica_groups background bits blocks",
+    "errors events version waits hlo labels background bits blocks",
     "tree arguments mesh keys membership nn model clipping places shards rounding "
     "jaxprs corpus ramp prefetch standby program_cache program_report",
     "annotations batch groups schedules",
@@ -50,7 +50,7 @@ TIERS = [
     "cluster",
     "config",
     "optim report cli testing",
-    "supervised",
+    "supervised explain",
     "shardkit",
     "build",
     "command",

@@ -27,11 +27,11 @@ LEAVES = [
 ]
 # Where a group of devices computes together, its axes cut what they divide.
 GROUPED = [
-    LeafLayout("up", (5, 4), np.dtype("float32"), 0, (("tensor", 1),)),
-    LeafLayout("down", (4, 6), np.dtype(jnp.bfloat16), 1, (("tensor", 0),)),
-    LeafLayout("bias", (6,), np.dtype("float16"), -1, (("tensor", 0),)),
+    LeafLayout("up", (5, 4), np.dtype("float32"), 0, group=(("tensor", 1),)),
+    LeafLayout("down", (4, 6), np.dtype(jnp.bfloat16), 1, group=(("tensor", 0),)),
+    LeafLayout("bias", (6,), np.dtype("float16"), -1, group=(("tensor", 0),)),
     LeafLayout(
-        "experts", (4, 3, 8), np.dtype("int8"), 1, (("expert", 0), ("tensor", 2))
+        "experts", (4, 3, 8), np.dtype("int8"), 1, group=(("expert", 0), ("tensor", 2))
     ),
 ]
 

@@ -19,6 +19,7 @@ from shardkit import config as configs
 from shardkit.config import BUILT_IN_DATA, RunConfig
 from shardkit.errors import ConfigError, ShardkitError
 from shardkit.mesh import BATCH_AXES, GROUP_AXES, MESH_AXES
+from shardkit.model import Model
 from shardkit.model_state import split_variables
 from shardkit.optim import build_optimizer
 from shardkit.planner.ledger import Habits
@@ -26,7 +27,7 @@ from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.reading import read_model
 from shardkit.planner.search import Job
 
-__all__ = ["abstract_microbatch", "find_modules", "read_job"]
+__all__ = ["abstract_microbatch", "find_modules", "read_configured_model", "read_job"]
 
 
 def find_modules() -> None:
@@ -133,24 +134,32 @@ def _needed(config: RunConfig) -> str:
     )
 
 
-def _read_facts(config: RunConfig, habits: Habits) -> ModelFacts:
+def read_configured_model(config: RunConfig) -> tuple[Model, Any]:
+    """Makes the model that a config names; returns it with the shapes of its `init`.
+
+    Raises:
+        ShardkitError: If there is no such factory, or its parameters cannot be traced.
+    """
     model = build.call_factory(
         config.model.factory, config.model.options, where="model"
     )
     try:
-        made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+        return model, jax.eval_shape(lambda: model.init(jax.random.key(0)))
     except ShardkitError:
         raise
     except Exception as error:
         raise ConfigError(
             f"[model] {config.model.factory}: its parameters cannot be traced: {error}"
         ) from error
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
+
+
+def _read_facts(config: RunConfig, habits: Habits) -> ModelFacts:
+    model, made = read_configured_model(config)
     facts = read_model(
         model,
         abstract_microbatch(config),
         build_optimizer(config.optimizer, split_variables(made)[0], config.data.ramp),
-        axis_rules={**model.axis_rules, **rules},
+        **build.placement_rules(config, model),
         habits=habits,
     )
     if config.train.ema is not None:

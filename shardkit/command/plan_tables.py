@@ -4,7 +4,6 @@ Owns the words and the order. It computes nothing but ratios.
 """
 
 import argparse
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -138,10 +137,9 @@ def show(
         _show_loss(found, arguments, config, output)
     output.line()
     _notes(found.facts.notes, output)
-    _prose(
+    output.prose(
         "Times are predictions: what is reached of the profile's peaks is measured by "
-        f"{found.profile.measured_by}.",
-        output,
+        f"{found.profile.measured_by}."
     )
 
 
@@ -252,16 +250,7 @@ def _show_loss(
 
 def _notes(notes: Sequence[str], output: Output) -> None:
     for note in notes:
-        _prose(f"{note[0].upper()}{note[1:]}.", output)
-
-
-def _prose(text: str, output: Output) -> None:
-    """Writes a sentence, on a terminal without breaking words."""
-    lines = [text]
-    if output.console.is_terminal:
-        lines = textwrap.wrap(text, output.console.width - 2)
-    for line in lines:
-        output.line(f"  {line}", style="dim")
+        output.prose(f"{note[0].upper()}{note[1:]}.")
 
 
 def _class_words(

@@ -311,6 +311,9 @@ class RunConfig:
     axis_rules: dict[str, str] = field(default_factory=dict)
     """Logical axis name to mesh axis, over the rules the model brings along; empty
     text leaves the dim whole."""
+    path_rules: dict[str, list[str]] = field(default_factory=dict)
+    """Glob over paths of parameters to a logical or mesh axis for every dim, empty text
+    for none, for what the model says nothing of; the first that fits counts."""
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     snapshot: SnapshotSection = field(default_factory=SnapshotSection)
     devices: int | None = None

@@ -18,13 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardkit.annotations import strip
 from shardkit.errors import ConfigError
-from shardkit.hlo import each_collective
+from shardkit.hlo import find_exchanges, parse_module
+from shardkit.hlo.groups import span_of
 from shardkit.mesh import BATCH_AXES, GROUP_AXES, MESH_AXES, MeshSpec
 from shardkit.model import Model, call_loss
 from shardkit.model_state import split_variables
 from shardkit.planner.ledger import axes_in
 from shardkit.planner.model_facts import Leaf, ModelFacts
-from shardkit.replica_groups import axes_of_groups
 
 __all__ = ["CompiledMicrobatch", "compile_microbatch"]
 
@@ -151,9 +151,9 @@ def _exchanges(
     compiled: jax.stages.Compiled, sizes: Mapping[str, int]
 ) -> dict[tuple[str, tuple[str, ...]], int]:
     found: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
-    for each in each_collective(compiled.as_text() or ""):
+    for each in find_exchanges(parse_module(compiled.as_text() or "")):
         # What the text does not tell goes over all of them.
-        axes = axes_of_groups(each.attributes, sizes)
+        axes = span_of(each.instruction.attributes, sizes).axes
         span = tuple(a for a, n in sizes.items() if n > 1) if axes is None else axes
-        found[each.kind, span] += each.times * each.num_bytes
+        found[each.kind, span] += each.count * each.num_bytes
     return dict(found)

@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.extend import core
 
-from shardkit.jaxprs import Step, flatten
+from shardkit.jaxprs import Step, flatten, scan_parts
 from shardkit.planner.flow_products import settle
 from shardkit.planner.flow_rules import RULES, default_rule
 from shardkit.planner.flow_wants import deal_out, find_wants
@@ -121,12 +121,8 @@ def _scan(
     eqn: core.JaxprEqn, ins: list[Cut], ledger: Ledger, looks_ahead: bool
 ) -> tuple[list[Cut], list[Cut]]:
     body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
-    # How many of each there are is spelled otherwise from version to version of JAX;
-    # what is cut into rows has one dim less inside.
-    num_rows = sum(_ndim(a) != _ndim(b) for a, b in _pairs(eqn.invars, body.invars))
-    num_carry = sum(_ndim(a) == _ndim(b) for a, b in _pairs(eqn.outvars, body.outvars))
-    first = len(ins) - num_rows
-    num_consts = first - num_carry
+    num_consts, num_carry = scan_parts(eqn)
+    first = num_consts + num_carry
     rows = [Cut(cut.dims[1:], cut.partial) for cut in ins[first:]]
     walk = functools.partial(_in_loop, body, ledger.habits, looks_ahead)
     carry, outs, inside = _settled_loop(
@@ -135,14 +131,6 @@ def _scan(
     ledger.add(inside, length)
     stacked = [Cut((None, *cut.dims), cut.partial) for cut in outs[num_carry:]]
     return [*ins[:num_consts], *carry, *ins[first:]], [*carry, *stacked]
-
-
-def _ndim(atom: Any) -> int:
-    return len(getattr(atom.aval, "shape", ()))
-
-
-def _pairs(outer: Sequence[Any], inner: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(outer, inner, strict=True))
 
 
 def _while(

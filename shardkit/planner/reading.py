@@ -26,7 +26,7 @@ from shardkit.planner.traces import count_norms, kept_bytes, peak_beside
 from shardkit.state import find_place
 from shardkit.tree import named_leaves
 
-__all__ = ["read_model"]
+__all__ = ["arguments", "read_model", "trace"]
 
 
 def read_model(
@@ -68,25 +68,20 @@ def read_model(
         (32, 256, 4)
     """
     rules = model.axis_rules if axis_rules is None else axis_rules
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(model.init, key)
+    variables, args = arguments(model, microbatch)
     said = [read_axes(part, path_rules) for part in split_variables(variables)]
-    params, state = split_variables(strip(variables))
-    microbatch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)),
-        microbatch,
-    )
+    params, state, microbatch, key = args
     rules, notes = _divisible([*said[0], *said[1]], rules)
     leaves = [
         _leaves(part, names, rules)
         for part, names in zip((params, state), said, strict=True)
     ]
-    args = (params, state, microbatch, key)
     whole = [Cut.whole(x) for x in jax.tree.leaves((microbatch, key))]
     cuts = [*(Cut(_inner(leaf.cuts)) for part in leaves for leaf in part), *whole]
+    functions = _functions(model)
     # Once where no mesh is, as modules that are made meanwhile would see it.
-    num_outputs = _checked(_num_outputs, model, args)
-    traced = [_checked(_trace, fn, args) for fn in _functions(model)]
+    trace(functions[0], args)
+    traced = [trace(fn, args, in_group=True) for fn in functions]
     habits = habits or Habits()
     (_, forward), (outs, work), (kept, _) = (
         follow(x.jaxpr, cuts, Ledger(habits=habits)) for x in traced
@@ -100,7 +95,7 @@ def read_model(
         opt_state=_opt_leaves(tx, params, leaves[0]),
         model_state=leaves[1],
         num_rows=max(rows, default=1),
-        num_outputs=num_outputs,
+        num_outputs=_num_outputs(model, args),
         microbatch_bytes=sum(bytes_of(x) for x in jax.tree.leaves(microbatch)),
         work=work,
         forward=forward,
@@ -111,6 +106,53 @@ def read_model(
         divisors={axis: work.divisors.get(axis, 1) for axis in GROUP_AXES},
         notes=(*notes, *work.notes),
     )
+
+
+def arguments(model: Model, microbatch: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Returns shapes: what `init` makes, annotated, and what a loss is given.
+
+    Args:
+        model: What a model factory returns.
+        microbatch: Arrays, abstract or not.
+
+    Returns:
+        The first is for `read_axes`; the second `(params, state, microbatch, key)`.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(model.init, key)
+    params, state = split_variables(strip(variables))
+    microbatch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)),
+        microbatch,
+    )
+    return variables, (params, state, microbatch, key)
+
+
+def trace(fn: Any, args: tuple[Any, ...], *, in_group: bool = False) -> Any:
+    """Traces a function of a loss's arguments.
+
+    Args:
+        fn: The function.
+        args: Its arguments, as `arguments` returns them.
+        in_group: Whether the jaxpr has the cuts that a model asks for. The axes of a
+            group are there then, with size 1, which divides every dim.
+
+    Raises:
+        ConfigError: Naming the shapes of the microbatch.
+    """
+    sizes = (1,) * len(GROUP_AXES) * in_group
+    axes, kinds = GROUP_AXES[: len(sizes)], (AxisType.Auto,) * len(sizes)
+    try:
+        with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, axes, kinds)):
+            return jax.make_jaxpr(fn)(*args)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
+        )
+        raise ConfigError(
+            f"planner: the loss cannot be traced with a microbatch of {shapes}: "
+            f"{error}. Give the shapes of one microbatch, rows first."
+        ) from error
 
 
 def _functions(model: Model) -> list[Any]:
@@ -129,28 +171,6 @@ def _functions(model: Model) -> list[Any]:
 def _num_outputs(model: Model, args: tuple[Any, ...]) -> int:
     out = jax.eval_shape(lambda *a: call_loss(model.loss, *a)[0], *args)
     return len(jax.tree.leaves(out))
-
-
-def _trace(fn: Any, args: tuple[Any, ...]) -> Any:
-    # Of axes of size 1 the model asks for all cuts that it has a use for.
-    mesh = AbstractMesh(
-        (1,) * len(GROUP_AXES), GROUP_AXES, (AxisType.Auto,) * len(GROUP_AXES)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.make_jaxpr(fn)(*args)
-
-
-def _checked(tracing: Any, fn: Any, args: tuple[Any, ...]) -> Any:
-    try:
-        return tracing(fn, args)
-    except Exception as error:
-        shapes = ", ".join(
-            f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
-        )
-        raise ConfigError(
-            f"planner: the loss cannot be traced with a microbatch of {shapes}: "
-            f"{error}. Give the shapes of one microbatch, rows first."
-        ) from error
 
 
 def _settle_results(
