@@ -35,56 +35,77 @@ MODELS = {
     "experts": ("moe", EXPERTS),
     "by rows": ("moe", {**EXPERTS, "capacity_per_row": True}),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A model on a mesh.
+
+    Attributes:
+        model: Of `MODELS`.
+        mesh: Axis → size.
+        exact: Whether sums keep their bits.
+        classes: Of `CLASSES`, how XLA's collectives differ from those predicted.
+    """
+
+    model: str
+    mesh: dict
+    exact: bool
+    classes: str = ""
+
+
 PAIRS = [
-    ("llama", {"fsdp": 8}, True),
-    ("llama", {"data": 2, "fsdp": 3}, False),
-    ("llama", {"fsdp": 4, "tensor": 2}, True),
-    ("llama", {"fsdp": 2, "tensor": 4}, False),
-    ("llama", {"fsdp": 3, "tensor": 2}, True),
-    ("llama", {"data": 2, "context": 4}, True),
-    ("llama", {"fsdp": 2, "context": 2}, False),
-    ("llama", {"data": 2, "fsdp": 2, "context": 2}, True),
-    ("llama", {"fsdp": 2, "tensor": 2, "context": 2}, True),
-    ("llama", {"tensor": 4, "context": 2}, False),
-    ("gpt2", {"data": 8}, True),
-    ("gpt2", {"fsdp": 2, "tensor": 2}, True),
-    ("gpt2", {"data": 2, "tensor": 4}, False),
-    ("gpt2", {"data": 2, "fsdp": 2, "context": 2}, True),
-    ("gpt2", {"tensor": 2, "context": 2}, True),
-    ("sequence", {"fsdp": 2, "tensor": 2}, True),
-    ("sequence", {"fsdp": 2, "tensor": 4}, False),
-    ("sequence", {"fsdp": 2, "tensor": 2, "context": 2}, True),
-    ("grouped", {"fsdp": 4, "tensor": 2}, True),
-    ("grouped", {"data": 2, "context": 2}, True),
-    ("grouped", {"tensor": 2, "context": 2}, False),
-    ("experts", {"data": 2, "fsdp": 4}, True),
-    ("experts", {"fsdp": 2, "tensor": 2}, True),
-    ("experts", {"fsdp": 2, "expert": 2}, True),
-    ("experts", {"data": 2, "expert": 4}, False),
-    ("experts", {"fsdp": 2, "context": 2}, True),
-    ("experts", {"fsdp": 2, "tensor": 2, "expert": 2}, True),
-    ("experts", {"expert": 2, "context": 2}, False),
-    ("by rows", {"fsdp": 4, "tensor": 2}, True),
-    ("by rows", {"data": 2, "expert": 2}, True),
-    ("by rows", {"fsdp": 2, "expert": 4}, False),
-    ("by rows", {"data": 2, "fsdp": 2, "context": 2}, True),
-    ("by rows", {"fsdp": 2, "tensor": 2, "expert": 2}, True),
-    ("by rows", {"fsdp": 2, "expert": 2, "context": 2}, True),
-    ("by rows", {"tensor": 2, "expert": 2, "context": 2}, False),
+    Pair("llama", {"fsdp": 8}, True),
+    Pair("llama", {"data": 2, "fsdp": 3}, False),
+    Pair("llama", {"fsdp": 4, "tensor": 2}, True),
+    Pair("llama", {"fsdp": 2, "tensor": 4}, False),
+    Pair("llama", {"fsdp": 3, "tensor": 2}, True),
+    Pair("llama", {"data": 2, "context": 4}, True),
+    Pair("llama", {"fsdp": 2, "context": 2}, False),
+    Pair("llama", {"data": 2, "fsdp": 2, "context": 2}, True),
+    Pair("llama", {"fsdp": 2, "tensor": 2, "context": 2}, True),
+    Pair("llama", {"tensor": 4, "context": 2}, False),
+    Pair("gpt2", {"data": 8}, True),
+    Pair("gpt2", {"fsdp": 2, "tensor": 2}, True),
+    Pair("gpt2", {"data": 2, "tensor": 4}, False),
+    Pair("gpt2", {"data": 2, "fsdp": 2, "context": 2}, True),
+    Pair("gpt2", {"tensor": 2, "context": 2}, True),
+    Pair("sequence", {"fsdp": 2, "tensor": 2}, True),
+    Pair("sequence", {"fsdp": 2, "tensor": 4}, False),
+    Pair("sequence", {"fsdp": 2, "tensor": 2, "context": 2}, True),
+    Pair("grouped", {"fsdp": 4, "tensor": 2}, True),
+    Pair("grouped", {"data": 2, "context": 2}, True),
+    Pair("grouped", {"tensor": 2, "context": 2}, False),
+    Pair("experts", {"data": 2, "fsdp": 4}, True),
+    Pair("experts", {"fsdp": 2, "tensor": 2}, True),
+    Pair("experts", {"fsdp": 2, "expert": 2}, True),
+    Pair("experts", {"data": 2, "expert": 4}, False),
+    Pair("experts", {"fsdp": 2, "context": 2}, True),
+    Pair("experts", {"fsdp": 2, "tensor": 2, "expert": 2}, True),
+    Pair("experts", {"expert": 2, "context": 2}, False),
+    Pair("by rows", {"fsdp": 4, "tensor": 2}, True),
+    Pair("by rows", {"data": 2, "expert": 2}, True),
+    Pair("by rows", {"fsdp": 2, "expert": 4}, False),
+    Pair("by rows", {"data": 2, "fsdp": 2, "context": 2}, True),
+    Pair("by rows", {"fsdp": 2, "tensor": 2, "expert": 2}, True),
+    Pair("by rows", {"fsdp": 2, "expert": 2, "context": 2}, True),
+    Pair("by rows", {"tensor": 2, "expert": 2, "context": 2}, False),
 ]
 CLASSES = {
-    "numbers": "token ids, masks and places of experts: XLA cuts them like what they are "
-    "computed with, and joins them again; they are predicted whole",
-    "seams": "a slice or pad of a cut dim: what lies next to a seam goes to a neighbour",
-    "once": "what follows from parameters alone: XLA does it before the loop over "
+    "digits": "exact norms: XLA sends three of the four digits of some matrices",
+    "keys": "for the gradient of the kernel of keys XLA gathers what went into it, "
+    "instead of adding up that gradient",
+    "numbers": "token ids, masks and places of experts: XLA cuts them like what they "
+    "are computed with and joins them again; they are predicted whole",
+    "once": "what follows from parameters alone XLA does before the loop over "
     "microbatches",
-    "digits": "exact norms: of each digit's sums; XLA sends three of the four digits of "
-    "some matrices",
-    "sides": "where positions are cut by the axis that cuts heads, or by two axes: XLA "
-    "gathers other operands, and over both axes at once",
-    "routing": "where experts cut what rows or positions cut: XLA cuts the routing, too, "
-    "and gathers tokens where sums of places were predicted",
+    "routing": "XLA cuts the routing by the axis of the experts too, and gathers "
+    "tokens where sums of places were predicted",
     "scalars": "sums of a few numbers",
+    "seams": "a slice or pad of a cut dim: what lies next to a seam goes to a "
+    "neighbour",
+    "sides": "positions that are cut by two axes, or by the one that cuts heads: XLA "
+    "gathers other operands, and over both axes at once",
     "unknown": "not explained",
 }
 
@@ -226,10 +247,9 @@ def key_of(line):
     return line.place, line.kind, line.axes
 
 
-def class_of(name, line):
+def class_of(pair, line):
     """Why a collective has no match; `"unknown"` if nothing here explains it."""
     is_number = re.match(r"\(?(s32|u32|pred|s8|u8)\[", line.shape)
-    options = MODELS[name][1]
     if line.kind == "collective-permute" and re.search(r"/(slice|pad)$", line.source):
         return "seams"
     if line.place == "step":
@@ -239,19 +259,21 @@ def class_of(name, line):
         return "numbers"
     if line.num_bytes <= 64:
         return "scalars"
-    if options.get("sequence_parallel"):
+    if MODELS[pair.model][1].get("sequence_parallel"):
         return "sides"
-    if name in ("experts", "by rows") and {"expert", "context"} & {*line.axes}:
+    if "context" in line.axes and "transpose(jvp(BTD,DGK->BTGK))" in line.source:
+        return "keys"
+    if MODELS[pair.model][0] == "moe" and "expert" in pair.mesh:
         return "routing"
     return "unknown"
 
 
-def classes_of(name, left, right):
+def classes_of(pair, left, right):
     """Sorts what has no match."""
     found = collections.defaultdict(list)
     for side, lines in (("predicted", left), ("found", right)):
         for line, count in lines:
-            found[class_of(name, line)].append((side, line, count))
+            found[class_of(pair, line)].append((side, line, count))
     return dict(found)
 
 
@@ -267,8 +289,9 @@ def compare(number):
     from shardkit.planner.meshes import Meshes
     from shardkit.planner.reading import read_model
 
-    name, mesh, exact = PAIRS[number]
-    model, sizes = build(name), {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+    pair = PAIRS[number]
+    mesh, exact = pair.mesh, pair.exact
+    model, sizes = build(pair.model), {axis: mesh.get(axis, 1) for axis in MESH_AXES}
     microbatch = {"tokens": jax.ShapeDtypeStruct((ROWS, LENGTH + 1), np.int32)}
     facts = read_model(
         model, microbatch, optax.adamw(1e-3), habits=Habits.of(jax.default_backend())
@@ -294,7 +317,7 @@ def compare(number):
         "estimates": estimates,
         "bytes": [sum(x.num_bytes for x in part) for part in (predicted, lines)],
         "asked": matches(asked, lines),
-        "classes": classes_of(name, left, right),
+        "classes": classes_of(pair, left, right),
     }
 
 
@@ -339,12 +362,13 @@ def main():
     )
     print("|---|---|---|---|---|---|---|---|")
     for number in arguments.only or range(len(PAIRS)):
-        name, mesh, exact = PAIRS[number]
+        pair = PAIRS[number]
         found = compare(number)
         shapes, known = found["estimates"]
-        words = ", ".join(found["classes"]) or "none"
+        words = ", ".join(sorted(found["classes"])) or "none"
         print(
-            f"| {name} | {mesh_text(mesh)} | {'exact' if exact else 'fast'} "
+            f"| {pair.model} | {mesh_text(pair.mesh)} "
+            f"| {'exact' if pair.exact else 'fast'} "
             f"| {found['total'] / 2**20:.2f} MiB | {shapes:.3f} | {known:.3f} "
             f"| {found['bytes'][0]:,} / {found['bytes'][1]:,} | {words} |",
             flush=True,

@@ -183,6 +183,16 @@ def test_positions_that_are_cut_come_together_where_rows_are_joined():
     assert (out.dims, ledger.items) == (("context", None), [])
 
 
+def test_what_nobody_reads_is_not_counted():
+    def product(x, w):
+        unread = x @ w
+        return x + 0 * unread.shape[0]
+
+    args = jnp.ones((4, 8)), jnp.ones((8, 16))
+    [out], ledger = cuts_of(product, args, [(None, "tensor"), ("tensor", None)])
+    assert (out.dims, ledger.total_flops, ledger.items) == ((None, "tensor"), 0, [])
+
+
 def test_a_dim_can_be_cut_by_two_axes():
     cut = Cut((None, ("context", "tensor")))
     assert (cut.axes, cut.place("tensor")) == ({"context", "tensor"}, 1)

@@ -84,4 +84,4 @@ def test_compiled_steps_do_what_was_predicted(number, compile_cache):
     found = predicted_placements.compare(number)
     _, known = found["estimates"]
     assert known == pytest.approx(1, rel=0.1)
-    assert set(found["classes"]) == set(PAIRS[number].classes)
+    assert set(found["classes"]) == set(PAIRS[number].classes.split())

@@ -69,6 +69,7 @@ def _follow(
     steps, outs = flatten(
         jaxpr, jaxpr.constvars, cuts, values, lambda x: Cut.whole(getattr(x, "aval", x))
     )
+    steps = _needed(steps, outs)
     wants: dict[int, Cut] = {}
     if looks_ahead:
         ahead = [*values]
@@ -76,6 +77,17 @@ def _follow(
         wants = find_wants(steps, ahead, set(outs))
     _walk(steps, values, ledger, wants if looks_ahead else None)
     return [values[number] for number in outs], ledger
+
+
+def _needed(steps: Sequence[Step], outs: Sequence[int]) -> list[Step]:
+    """Leaves out what nobody reads, as compilers do."""
+    read, found = {*outs}, []
+    for step in reversed(steps):
+        eqn, ins, results = step
+        if eqn.effects or not read.isdisjoint(results):
+            read.update(ins)
+            found.append(step)
+    return found[::-1]
 
 
 def _walk(
