@@ -46,7 +46,7 @@ class Ours:
     """One placement of shardkit, driven without the trainer's bookkeeping."""
 
     def __init__(
-        self, model, tx, devices, batch, num_microbatches, *, exact, mesh=None
+        self, model, tx, devices, batch, num_microbatches, *, exact, mesh=None, **more
     ):
         self.recipe = Recipe(
             init=model.init,
@@ -54,6 +54,7 @@ class Ours:
             tx=tx,
             num_microbatches=num_microbatches,
             exact=exact,
+            **more,
         )
         self.layout, *_ = lay_out(self.recipe, model.axis_rules)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)

@@ -321,6 +321,7 @@ def build_trainer(
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),
         noise_scale=config.train.noise_scale,
+        offload=config.train.offload,
         strict=config.train.strict,
         standby=config.train.standby,
         standby_counts=config.train.standby_counts,

@@ -127,9 +127,14 @@ class Transition:
             LostStateError: If a part of it survives nowhere.
         """
         start_s = time.monotonic()
+        if lost and self.old.recipe.offload:
+            raise LostStateError(
+                f"devices {sorted(lost)} are lost, and what was away in their host "
+                "memory of the optimizer's state. Go on from a snapshot or checkpoint."
+            )
         try:
             moved = move_state(
-                state,
+                self.old.on_devices(state),
                 self.old.layout,
                 self.old.mesh,
                 self.new.mesh,

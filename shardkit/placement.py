@@ -28,6 +28,7 @@ from shardkit.layout import LeafLayout
 from shardkit.mesh import MESH_AXES, group_size
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
+from shardkit.offload import check_memory, put_away, resting, take_back
 from shardkit.program import Program, in_this_context
 from shardkit.program_report import ProgramReport, report_program
 from shardkit.put import put
@@ -79,6 +80,8 @@ class Placement:
         stages: bool = False,
     ) -> None:
         self._waiter = waiter
+        if recipe.offload:
+            check_memory(mesh.local_devices)
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         output, _, combiner = outputs
         # A group is as fast as the slowest of its devices.
@@ -153,12 +156,18 @@ class Placement:
     def stage(self, state: TrainState) -> list[Array]:
         """Copies a state, as `staging` says, and leaves it as it is."""
         self.compile_stage()
-        return self._stage(state)
+        return self._stage(self.on_devices(state))
+
+    def on_devices(self, state: TrainState) -> TrainState:
+        """Returns a state with all of it in the memory of devices."""
+        if not self.recipe.offload:
+            return state
+        return take_back(state, self.layout, self.mesh)
 
     def compile_stage(self) -> None:
         """Compiles what `stage` needs, where states are to be copied."""
         if self._stage is None and "stage" in self.programs:
-            self._stage = self._ready(self.programs["stage"], self._step_args()[0])
+            self._stage = self._ready(self.programs["stage"], self._state())
 
     def meet(self) -> None:
         """Lets all devices exchange something, which sets their connections up."""
@@ -216,7 +225,7 @@ class Placement:
         """Yields programs with abstract arguments, the longest to compile first."""
         yield self._step, self._step_args()
         if "stage" in self.programs:
-            yield self.programs["stage"], self._step_args()[:1]
+            yield self.programs["stage"], (self._state(),)
         if digests:
             for leaf in jax.tree.leaves(self.layout):
                 program, abstract = self._digester(leaf)
@@ -224,8 +233,18 @@ class Placement:
         if eval_batch is not None:
             yield self.programs["evaluate"], self._eval_args(eval_batch)
 
+    def _state(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+
     def _step_args(self) -> tuple[Any, ...]:
-        state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+        state = self._state()
+        if self.recipe.offload:
+
+            def rest(x: Any, leaf: LeafLayout) -> Any:
+                return x.update(sharding=resting(leaf, self.mesh))
+
+            away = jax.tree.map(rest, state.opt_state, self.layout.opt_state)
+            state = dataclasses.replace(state, opt_state=away)
         slots = self._slots.abstract(self._batch, self.recipe.ramp(0))
         return state, slots, self.root
 
@@ -252,6 +271,8 @@ class Placement:
         """
         self.compile()
         slots = self._slots.place(batch)
+        if self.recipe.offload:
+            state = put_away(state, self.layout, self.mesh)
         hold()
         out = self.executable(state, slots, self.root)
         if not self._has_run:
@@ -282,6 +303,7 @@ class Placement:
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
+        state = self.on_devices(state)
         leaves = zip(jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True)
         # Each is waited for: programs with collectives that do not depend on one
         # another can hold all threads of the CPU backend, each waiting for its rest.
@@ -323,4 +345,4 @@ class Placement:
                 return x
             return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
 
-        return jax.tree.map(unpad, state, self.layout)
+        return jax.tree.map(unpad, self.on_devices(state), self.layout)

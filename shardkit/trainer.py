@@ -78,6 +78,7 @@ class Trainer:
             all changes, or `"last"`. All microbatches begin with the same state.
         noise_scale: Whether each step measures the gradient noise scale, in the metrics
             `noise_scale`, `noise_trace` and `grad_square` (see `shardkit.noise`).
+        offload: Whether the optimizer's state is in host memory but for its update.
         path_rules: Glob or compiled regex over leaf paths → logical axes or a
             `PartitionSpec`; the first that fits. What a leaf's own annotation says
             otherwise is an error.
@@ -131,6 +132,7 @@ class Trainer:
         loss_scale: LossScale | None = None,
         combine: Mapping[str, str] | None = None,
         noise_scale: bool = False,
+        offload: bool = False,
         path_rules: Mapping[Any, Any] | None = None,
         strict: bool = False,
         devices: Sequence[Any] | None = None,
@@ -161,6 +163,7 @@ class Trainer:
             loss_scale=loss_scale,
             combine=combine or {},
             noise_scale=noise_scale,
+            offload=offload,
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
         self._layout, warnings, _ = lay_out(

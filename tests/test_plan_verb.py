@@ -105,7 +105,7 @@ def test_a_model_that_never_fits_is_planned_where_there_is_no_device():
 
 
 def test_tables(plan, small):
-    words = [small(), "--profile", "cpu", "--what-if-lose", "5"]
+    words = [small(), "--profile", "v5e", "--what-if-lose", "5"]
     said = plan(*words)
     assert "memory of a device" in said
     assert "all-reduce" in said

@@ -6,10 +6,11 @@ in that `shardkit.explain`'s, how it is shown that of `explain_tables` and
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from shardkit import config as configs
-from shardkit.command.options import number
+from shardkit.command.options import counts, number
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError
 
@@ -21,6 +22,7 @@ The step is compiled, for emulated devices where there is no accelerator, and no
 no data are read but those of a factory of your own. docs/explain.md says more.
 
   shardkit explain configs/tiny.toml --devices 8
+  shardkit explain configs/tiny.toml --devices 8 --mesh tensor=2
   shardkit explain configs/tiny.toml --devices 8 --leaf 'params/*kernel*'
   shardkit explain configs/tiny.toml --devices 8 --forbid 'all-gather@fsdp>4MiB'
 
@@ -44,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=number(1),
         help="how many there are [devices of the config]",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        type=counts,
+        default={},
+        help="sizes of mesh axes, over those of the config: data=1,tensor=2",
     )
     parser.add_argument(
         "--leaf",
@@ -70,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Explains one config."""
     config = configs.load(arguments.config)
+    mesh = dataclasses.replace(config.mesh, **arguments.mesh)
+    config = dataclasses.replace(config, mesh=mesh)
     num_devices = arguments.devices or config.devices
     if num_devices is None:
         raise ConfigError(

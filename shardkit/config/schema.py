@@ -231,6 +231,8 @@ class TrainSection:
     """Which changes of devices are checked by running one step on both sides."""
     ema: float | None = None
     """Decay of an average of the weights, which evaluation then uses."""
+    offload: bool = False
+    """Keeps the optimizer's state in host memory but for its update."""
     loss_scale: float | None = None
     """A constant the loss is multiplied by before the gradient is taken."""
     strict: bool = False

@@ -167,8 +167,8 @@ def _uncut(leaf: LeafLayout, sizes: dict[str, int], rules: AxisRules) -> list[st
         elif sizes.get(axis, 1) == 1:
             found.append(f"{name!r} goes to {axis}, of size 1 on this mesh")
         elif axis in GROUP_AXES and leaf.shape[dim] % sizes[axis]:
-            size = leaf.shape[dim]
-            found.append(f"{name!r} goes to {axis}: {sizes[axis]} does not divide {size}")
+            why = f"{sizes[axis]} does not divide {leaf.shape[dim]}"
+            found.append(f"{name!r} goes to {axis}: {why}")
         else:
             found.append(f"{name!r} goes to {axis}, which cuts no state")
     return found

@@ -140,6 +140,7 @@ def _count_product(
 ) -> None:
     avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
     ledger.flops[str(avals[0].dtype), frozenset(axes)] += work
+    ledger.num_products += 1
     for aval, cut in zip(avals, cuts, strict=True):
         for size, entry in zip(aval.shape, cut.dims, strict=True):
             for axis in axes_in(entry):

@@ -143,6 +143,7 @@ class Ledger:
     Attributes:
         flops: `(dtype, axes)` → floating-point operations of matrix products and
             convolutions, a multiplication and an addition being two.
+        num_products: How many there are, whatever divides them.
         product_bytes: Axes → bytes that these read and write.
         other_bytes: Axes → bytes that all other operations write.
         items: The collectives over axes.
@@ -155,6 +156,7 @@ class Ledger:
     flops: collections.Counter[tuple[str, Axes]] = dataclasses.field(
         default_factory=collections.Counter
     )
+    num_products: int = 0
     product_bytes: collections.Counter[Axes] = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -187,6 +189,7 @@ class Ledger:
         self.items += [
             dataclasses.replace(x, times=x.times * times) for x in other.items
         ]
+        self.num_products += other.num_products * times
         for axis, size in other.divisors.items():
             self.divisors[axis] = math.gcd(self.divisors[axis], size)
         self.notes += [note for note in other.notes if note not in self.notes]
