@@ -97,9 +97,8 @@ def make_batch(name, length, rows, vocab_size):
 
 def all_meshes(job, topology):
     """Every mesh that a search would compare, over all axes that are not fixed."""
-    from shardkit.mesh import MESH_AXES
+    from shardkit.mesh import GROUP_AXES, MESH_AXES
     from shardkit.planner.candidates import inner_sizes, outer_meshes
-    from shardkit.mesh import GROUP_AXES
     from shardkit.planner.quotas import Quotas
 
     [(_, num, facts)] = job.blocks()
@@ -122,8 +121,8 @@ class Workload:
         import jax
         import optax
 
-        from shardkit.planner.meshes import Topology
         from shardkit.mesh import GROUP_AXES
+        from shardkit.planner.meshes import Topology
         from shardkit.planner.reading import read_model
         from shardkit.planner.search import Job
 

@@ -14,7 +14,7 @@ import numpy as np
 from shardkit.mesh import GROUP_AXES, consistency_class
 from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.elastic_choice import ElasticPlan, choose_next
-from shardkit.planner.memory import state_exchanges
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
@@ -78,8 +78,11 @@ class Findings:
         """Adds up what a device exchanges in a step, by axis and collective."""
         meshes = Meshes.of(choice.sizes, choice.num_microbatches, choice.rounds)
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        for each in state_exchanges(self.facts, meshes, exact=self.job.exact):
-            sent = float(np.ravel(each.sent_bytes)[0])
+        exact, rounds = self.job.exact, float(meshes.rounds[0])
+        all_of = [(x, 1.0) for x in state_exchanges(self.facts, meshes, exact=exact)]
+        each_of = microbatch_exchanges(self.facts, meshes, exact=exact)
+        for each, times in [*all_of, *((x, rounds) for x in each_of)]:
+            sent = float(np.ravel(each.sent_bytes)[0]) * times
             if not sent:
                 continue
             row = found.setdefault(
@@ -87,8 +90,8 @@ class Findings:
                 {"axis": each.axis, "collective": each.kind, "of": []}
                 | {"buffer_bytes": 0.0, "sent_bytes": 0.0},
             )
-            row["of"].append(each.state)
-            row["buffer_bytes"] += float(np.ravel(each.num_bytes)[0])
+            row["of"] += [each.state] * (each.state not in row["of"])
+            row["buffer_bytes"] += float(np.ravel(each.num_bytes)[0]) * times
             row["sent_bytes"] += sent
         return list(found.values())
 

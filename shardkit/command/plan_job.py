@@ -8,6 +8,7 @@ the config.
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,18 +17,17 @@ import numpy as np
 from shardkit import build
 from shardkit.config import BUILT_IN_DATA, RunConfig
 from shardkit.errors import ConfigError, ShardkitError
-from shardkit.mesh import GROUP_AXES
+from shardkit.mesh import BATCH_AXES, GROUP_AXES, MESH_AXES
 from shardkit.model import Model
 from shardkit.model_state import split_variables
 from shardkit.optim import build_optimizer
 from shardkit.planner import jobs
 from shardkit.planner.auto_mesh import AutoMesh
+from shardkit.planner.ledger import Habits
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.search import Job
 
 __all__ = ["abstract_microbatch", "find_modules", "read_configured_model", "read_job"]
-
-_ABOUT_INNER = ("stays whole along", "is not followed: made whole")
 
 
 def find_modules() -> None:
@@ -37,7 +37,13 @@ def find_modules() -> None:
         sys.path.append(here)
 
 
-def read_job(config: RunConfig, consistency: str) -> Job:
+def read_job(
+    config: RunConfig,
+    consistency: str,
+    *,
+    axes: Sequence[str] | None = None,
+    platform: str = "gpu",
+) -> Job:
     """Reads what a config trains, without computing any of it.
 
     Of a ramp the largest batch is taken, which needs most.
@@ -45,17 +51,13 @@ def read_job(config: RunConfig, consistency: str) -> Job:
     Args:
         config: The run.
         consistency: `"exact"` or `"fast"`, in place of the config's.
+        axes: The mesh axes whose sizes are looked for; None for all that the model
+            has a use for. Of the others, those of a group keep the config's sizes.
+        platform: Whose compiler it is to be, `"cpu"` or another one.
 
     Raises:
         ShardkitError: If the config names what is not there or cannot be traced.
     """
-    mesh = build.build_mesh(config.mesh)
-    # Other sizes of groups would be another run as well.
-    fixed = (
-        mesh.fixed
-        if isinstance(mesh, AutoMesh)
-        else {a: getattr(mesh, a) for a in GROUP_AXES}
-    )
     model, made = read_configured_model(config)
     ramp = config.data.ramp
     job = jobs.read_job(
@@ -67,19 +69,35 @@ def read_job(config: RunConfig, consistency: str) -> Job:
         ema=config.train.ema,
         exact=consistency == "exact",
         offload=config.train.offload,
-        fixed=fixed,
+        habits=Habits.of(platform),
     )
-    if all(fixed.get(axis) == 1 for axis in GROUP_AXES):
-        # What axes of size 1 leave whole says nothing here.
-        job = dataclasses.replace(
-            job, facts={name: _quiet(facts) for name, facts in job.facts.items()}
-        )
-    return job
+    [facts] = job.facts.values()
+    return dataclasses.replace(job, fixed=_fixed(config, facts, axes))
 
 
-def _quiet(facts: ModelFacts) -> ModelFacts:
-    notes = [x for x in facts.notes if not any(part in x for part in _ABOUT_INNER)]
-    return dataclasses.replace(facts, notes=tuple(notes))
+def _fixed(
+    config: RunConfig, facts: ModelFacts, axes: Sequence[str] | None
+) -> dict[str, int]:
+    """Returns the axes whose sizes are not looked for, with these."""
+    mesh = build.build_mesh(config.mesh)
+    if isinstance(mesh, AutoMesh) and not axes:
+        return dict(mesh.fixed)
+    wanted = {*(axes or (*BATCH_AXES, *_useful_axes(facts)))}
+    own = {axis: getattr(config.mesh, axis) for axis in GROUP_AXES}
+    sizes = {**dict.fromkeys(BATCH_AXES, 1), **own}
+    return {axis: sizes[axis] for axis in MESH_AXES if axis not in wanted}
+
+
+def _useful_axes(facts: ModelFacts) -> Iterator[str]:
+    """The axes of a group that the rules of a model name, or that it asks for.
+
+    Rows of a microbatch are asked for, too, to be cut by `expert`; where there are no
+    experts, `data` does that without an exchange in each microbatch.
+    """
+    for axis in GROUP_AXES:
+        is_cut = any(axis in leaf.cuts for leaf in facts.params)
+        if is_cut or (axis == "context" and facts.divisors[axis] > 1):
+            yield axis
 
 
 def abstract_microbatch(config: RunConfig) -> Any:

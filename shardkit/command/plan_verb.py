@@ -29,6 +29,8 @@ exit codes:
   0    there is a mesh that fits
   2    none fits, or bad input: a message says what would do
 """
+# `shardkit.mesh` has them too, and would import JAX.
+_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         type=number(1),
         help="also plan how to go on with K devices fewer",
+    )
+    parser.add_argument(
+        "--axes",
+        metavar="LIST",
+        type=_axes,
+        help=f"whose sizes to look for, of {','.join(_AXES)}; of the others, data "
+        "and fsdp are 1 and the rest as in the config [all that the model can use]",
     )
     parser.add_argument(
         "--consistency",
@@ -100,7 +109,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     find_modules()
     asked = build.build_mesh(mesh)
     found = find(
-        read_job(config, arguments.consistency or config.train.consistency),
+        read_job(
+            config,
+            arguments.consistency or config.train.consistency,
+            axes=arguments.axes,
+            platform="cpu" if profile.is_shared else "gpu",
+        ),
         Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
         dataclasses.replace(profile, memory_bytes=memory),
         current=None if mesh.auto else asked.sizes(num_devices),
@@ -113,6 +127,21 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     else:
         show(found, arguments, config, output)
     return 0
+
+
+def _axes(text: str) -> tuple[str, ...]:
+    """Reads names of mesh axes.
+
+    >>> _axes("data,fsdp")
+    ('data', 'fsdp')
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    wrong = [name for name in names if name not in _AXES]
+    if wrong:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {','.join(_AXES)}, such as data,fsdp; found {text!r}"
+        )
+    return names
 
 
 def _size(text: str) -> float:

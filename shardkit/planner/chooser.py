@@ -42,6 +42,7 @@ def mesh_chooser(
     if isinstance(mesh, MeshSpec):
         return FixedMesh(mesh)
     from shardkit.planner.jobs import read_job
+    from shardkit.planner.ledger import Habits
     from shardkit.planner.mesh_planner import MeshPlanner
 
     first = recipe.ramp(0)
@@ -57,6 +58,7 @@ def mesh_chooser(
         ema=recipe.ema,
         exact=recipe.exact,
         offload=recipe.offload,
+        habits=Habits.of(pool[0].platform),
         **rules,
     )
     num_processes = len({device.process_index for device in pool})

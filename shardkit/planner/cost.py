@@ -17,19 +17,14 @@ from typing import Any
 import numpy as np
 
 from shardkit.mesh import GROUP_AXES
-from shardkit.planner.memory import (
-    BUCKET_BYTES,
-    memory,
-    state_bytes,
-    state_exchanges,
-)
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
+from shardkit.planner.memory import BUCKET_BYTES, memory, state_bytes
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import ALONE, HardwareProfile
 
 __all__ = ["Costs", "predict"]
 
-_SENT = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 _TEMPORARY = ("gathered", "sums", "gradient", "activations", "adding up")
 # What a step reads and writes per accumulator element of a microbatch: the gradient,
 # and each accumulator twice.
@@ -184,13 +179,10 @@ def _sent(axis: str, facts: ModelFacts, meshes: Meshes, exact: bool) -> tuple[An
             calls = calls + np.ceil(exchange.num_bytes / BUCKET_BYTES)
     if axis not in GROUP_AXES:
         return num_bytes, calls
-    n = meshes.sizes[axis]
-    for (kind, over, axes), amount in facts.work.exchanges.items():
-        if over == axis:
-            count = math.prod(meshes.sizes[a] for a in axes)
-            part = _SENT[kind] * amount / count * (n - 1) / n
-            num_bytes = num_bytes + meshes.rounds * part
-    return num_bytes, calls + meshes.rounds * facts.work.calls[axis]
+    for exchange in microbatch_exchanges(facts, meshes, exact=exact):
+        if exchange.axis == axis:
+            num_bytes = num_bytes + meshes.rounds * exchange.sent_bytes
+    return num_bytes, calls + meshes.rounds * facts.work.calls(axis)
 
 
 def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shardkit.logical_axes import AxisRules
 from shardkit.model import Model
+from shardkit.planner.ledger import Habits
 from shardkit.planner.reading import read_model
 from shardkit.planner.search import Job
 from shardkit.ramp import BatchRamp
@@ -29,6 +30,7 @@ def read_job(
     exact: bool = True,
     offload: bool = False,
     fixed: Mapping[str, int] | None = None,
+    habits: Habits | None = None,
 ) -> Job:
     """Reads what is trained, without computing any of it.
 
@@ -45,12 +47,18 @@ def read_job(
         exact: Whether gradients are summed as integers.
         offload: Whether the optimizer's state is in host memory between updates.
         fixed: Mesh axis → a size that is given.
+        habits: Those of the compiler; None for those of GPUs'.
 
     Raises:
         ConfigError, PartitionError: As `read_model` does.
     """
     facts = read_model(
-        model, microbatch, tx, axis_rules=axis_rules, path_rules=path_rules
+        model,
+        microbatch,
+        tx,
+        axis_rules=axis_rules,
+        path_rules=path_rules,
+        habits=habits or Habits(),
     )
     if ema is not None:
         # The average is kept like a moment of every parameter.

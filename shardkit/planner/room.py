@@ -102,10 +102,19 @@ def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
         for axis, size in zip(leaf.cuts, leaf.shape, strict=True)
         if axis == "fsdp"
     ]
-    found = []
-    for inner in inner_sizes(facts.divisors, topology.num_devices, job.fixed):
-        quotas = Quotas(topology, math.prod(inner.values()))
-        found.append(outer_meshes(inner, quotas, num, max(dims, default=1), job.fixed))
+    most = max(dims, default=1)
+    rows = [*inner_sizes(facts.divisors, topology.num_devices, job.fixed)]
+    groups = {math.prod(row.values()) for row in rows}
+    quotas = {size: Quotas(topology, size) for size in groups}
+    found = [
+        outer_meshes(row, quotas[math.prod(row.values())], num, most, job.fixed)
+        for row in rows
+    ]
+    if not sum(map(len, found)):
+        raise ConfigError(
+            f"no mesh of {topology.num_devices} devices has the sizes that are given: "
+            f"{job.fixed}. Give fewer, or other ones."
+        )
     meshes = Meshes.join(found)
     meshes = meshes.offloaded() if job.offload else meshes
     costs = predict(facts, meshes, profile, topology, exact=job.exact)
