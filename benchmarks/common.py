@@ -13,7 +13,6 @@ import shardkit as sk
 from benchmarks.rivals import Rival, with_jit, with_shard_map
 from shardkit.events import EventLog
 from shardkit.mesh_choice import FixedMesh
-from shardkit.mesh_choice import FixedMesh
 from shardkit.placements import Placements
 from shardkit.recipe import Recipe
 from shardkit.state_layout import lay_out

@@ -50,6 +50,7 @@ def mesh_chooser(
         lambda x: jax.ShapeDtypeStruct((x.shape[0] // first, *x.shape[1:]), x.dtype),
         batch,
     )
+    profile = find_profile(mesh, pool)
     job = read_job(
         Model(init=recipe.init, loss=recipe.loss),
         microbatch,
@@ -58,9 +59,8 @@ def mesh_chooser(
         ema=recipe.ema,
         exact=recipe.exact,
         offload=recipe.offload,
-        habits=Habits.of(pool[0].platform),
+        habits=Habits.of("cpu" if profile.is_shared else "gpu"),
         **rules,
     )
     num_processes = len({device.process_index for device in pool})
-    profile = find_profile(mesh, pool)
     return MeshPlanner(job, profile, mesh, num_processes=num_processes)
