@@ -269,7 +269,10 @@ def key_of(line):
 def class_of(pair, line):
     """Why a collective has no match; `"unknown"` if nothing here explains it."""
     is_number = re.match(r"\(?(s32|u32|pred|s8|u8)\[", line.shape)
-    if line.kind == "collective-permute" and re.search(r"/(slice|pad)$", line.source):
+    # What routes tokens permutes, too; elsewhere it may be named as what reads it.
+    if line.kind == "collective-permute" and (
+        MODELS[pair.model][0] == "gpt" or re.search(r"/(slice|pad)$", line.source)
+    ):
         return "seams"
     if line.place == "step":
         # What comes from a loss, and stands before the loop over its microbatches.
