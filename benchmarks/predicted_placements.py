@@ -91,7 +91,7 @@ PAIRS = [
     Pair(
         "experts", {"fsdp": 2, "tensor": 2, "expert": 2}, True, "digits numbers routing"
     ),
-    Pair("experts", {"expert": 2, "context": 2}, False, "keys numbers routing seams"),
+    Pair("experts", {"expert": 2, "context": 2}, False, "numbers routing seams"),
     Pair("by rows", {"fsdp": 4, "tensor": 2}, True, "digits"),
     Pair("by rows", {"data": 2, "expert": 2}, True),
     Pair("by rows", {"fsdp": 2, "expert": 4}, False),
@@ -101,19 +101,17 @@ PAIRS = [
         "by rows",
         {"fsdp": 2, "expert": 2, "context": 2},
         True,
-        "keys numbers once routing seams",
+        "numbers once routing seams",
     ),
     Pair(
         "by rows",
         {"tensor": 2, "expert": 2, "context": 2},
         False,
-        "keys numbers once routing seams",
+        "numbers once routing seams",
     ),
 ]
 CLASSES = {
     "digits": "exact norms: XLA sends three of the four digits of some matrices",
-    "keys": "for the gradient of the kernel of keys XLA gathers what went into it, "
-    "instead of adding up that gradient",
     "numbers": "token ids, masks and places of experts: XLA cuts them like what they "
     "are computed with and joins them again; they are predicted whole",
     "once": "what follows from parameters alone XLA does before the loop over "
@@ -269,19 +267,21 @@ def key_of(line):
 def class_of(pair, line):
     """Why a collective has no match; `"unknown"` if nothing here explains it."""
     is_number = re.match(r"\(?(s32|u32|pred|s8|u8)\[", line.shape)
-    if line.kind == "collective-permute" and re.search(r"/(slice|pad)$", line.source):
+    # What routes tokens permutes, too; elsewhere it may be named as what reads it.
+    if line.kind == "collective-permute" and (
+        MODELS[pair.model][0] == "gpt" or re.search(r"/(slice|pad)$", line.source)
+    ):
         return "seams"
-    if line.place == "step":
-        # What comes from a loss, and stands before the loop over its microbatches.
-        return "once" if "jvp" in line.source else "digits"
+    if line.place == "step" and line.kind != "all-reduce":
+        return "once"
+    if line.place == "step" and (is_number or line.source == "norm"):
+        return "digits"
     if is_number and line.place == "microbatch":
         return "numbers"
     if line.num_bytes <= 64:
         return "scalars"
     if MODELS[pair.model][1].get("sequence_parallel"):
         return "sides"
-    if "context" in line.axes and "transpose(jvp(BTD,DGK->BTGK))" in line.source:
-        return "keys"
     if MODELS[pair.model][0] == "moe" and "expert" in pair.mesh:
         return "routing"
     return "unknown"
