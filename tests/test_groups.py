@@ -6,6 +6,7 @@ their size, no bit depends on how many of them there are.
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -173,15 +174,18 @@ def test_no_bit_depends_on_the_groups_of_any_optimizer(name, group, tx):
         assert losses_and_digest(moving, 4, {1: 4, 2: 6, 3: 8}) == alone
 
 
-def collectives_of(trainer):
-    report = trainer.inspect()["step"]
-    in_loop = (x for x in report.collectives if "loop" in x.note)
-    return {x.kind: x.count for x in in_loop}
+def test_groups_share_evenly_as_all_make_as_many_passes():
+    mesh = {"fsdp": 2, "tensor": 2}
+    with trainer_of("gpt", mesh, speeds={0: 9.0, 1: 9.0}) as trainer:
+        placement = trainer._controller.placements.on(4)
+    assert placement.grid.counts.tolist() == [3, 2]
 
 
 def test_tensor_cuts_pairs_of_products_with_one_sum_for_each():
     with trainer_of("gpt", {"tensor": 2}) as trainer:
-        found = collectives_of(trainer)
+        placement = trainer._controller.placements.on(2)
+        placement.compile()
+        text = placement.executable.as_text()
         layout = {leaf.path: leaf for leaf in trainer.layout}
     prefix = "params/layers/0"
     assert layout[f"{prefix}/mlp/up/kernel/value"].group == (("tensor", 1),)
@@ -190,7 +194,10 @@ def test_tensor_cuts_pairs_of_products_with_one_sum_for_each():
     assert layout[f"opt_state/0/trace/{prefix[7:]}/mlp/up/kernel/value"].group == (
         ("tensor", 1),
     )
-    print(found)
+    # On the way there: of attention's last product, and of the MLP's.
+    sums = re.findall(r' all-reduce\(.*op_name="[^"]*/jvp\((\S*)\)/dot_general', text)
+    assert sorted(sums) == ["BTHK,HKD->BTD", "BTM,MD->BTD"]
+    assert not re.search(r" (all-to-all|collective-permute)(-start)?\(", text)
 
 
 @pytest.mark.parametrize("axis", ["tensor", "expert", "context"])
