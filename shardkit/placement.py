@@ -56,7 +56,8 @@ class Placement:
         outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
         waiter: What waits for programs.
-        speeds: Device id → how fast it is beside the others; 1.0 if not named.
+        speeds: Device id → how fast it is beside the others; 1.0 if not named. Groups
+            of devices share evenly all the same.
         stages: Whether states are to be copied, for snapshots.
 
     Attributes:
@@ -84,10 +85,11 @@ class Placement:
             check_memory(mesh.local_devices)
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         output, _, combiner = outputs
-        # A group is as fast as the slowest of its devices.
-        groups = mesh.devices.reshape(-1, group_size(mesh))
-        speed_of = tuple(min(speeds.get(d.id, 1.0) for d in x) for x in groups)
-        grid = Grid(recipe.num_eval_microbatches, len(groups), speed_of)
+        # Groups all make as many passes, so that fewer for one would help nobody.
+        is_even = group_size(mesh) > 1
+        speed_of = () if is_even else [speeds.get(d.id, 1.0) for d in mesh.devices.flat]
+        num_groups = mesh.size // group_size(mesh)
+        grid = Grid(recipe.num_eval_microbatches, num_groups, tuple(speed_of))
         self._make = functools.partial(Program, exact=recipe.exact, events=events)
         self._batch, self._eval_slots = batch, Slots(mesh, grid)
         self._work = work = DeviceWork(recipe, layout, mesh, grid, output, combiner)
