@@ -97,16 +97,15 @@ def make_batch(name, length, rows, vocab_size):
 
 def all_meshes(job, topology):
     """Every mesh that a search would compare, over all axes that are not fixed."""
-    from shardkit.mesh import MESH_AXES
+    from shardkit.mesh import GROUP_AXES, MESH_AXES
     from shardkit.planner.candidates import inner_sizes, outer_meshes
-    from shardkit.planner.model_facts import INNER_AXES
     from shardkit.planner.quotas import Quotas
 
     [(_, num, facts)] = job.blocks()
     cut = [n for leaf in facts.params for n in leaf.shape if "fsdp" in leaf.cuts]
     found = []
     for row in inner_sizes(facts.divisors, topology.num_devices, job.fixed):
-        groups = Quotas(topology, math.prod(row[axis] for axis in INNER_AXES))
+        groups = Quotas(topology, math.prod(row[axis] for axis in GROUP_AXES))
         meshes = outer_meshes(row, groups, num, max(cut, default=1), job.fixed)
         found += [
             {axis: int(meshes.sizes[axis][i]) for axis in MESH_AXES}
@@ -122,8 +121,8 @@ class Workload:
         import jax
         import optax
 
+        from shardkit.mesh import GROUP_AXES
         from shardkit.planner.meshes import Topology
-        from shardkit.planner.model_facts import INNER_AXES
         from shardkit.planner.reading import read_model
         from shardkit.planner.search import Job
 
@@ -144,7 +143,7 @@ class Workload:
             num_microbatches=[count],
             exact=self.exact,
             # Switch on what the step can do by naming fewer axes here.
-            fixed=dict.fromkeys(INNER_AXES, 1),
+            fixed=dict.fromkeys(GROUP_AXES, 1),
         )
         self.topology = Topology(num, num)
         self.meshes = all_meshes(job, self.topology)

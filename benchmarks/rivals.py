@@ -33,13 +33,14 @@ class Rival:
         layout: How shardkit cuts the state; what does not divide stays whole here.
         mesh: The devices; their number divides that of the microbatches.
         batch: The global batch.
+        whole: Whether all state is on every device.
     """
 
-    def __init__(self, gradient, recipe, layout, mesh, batch):
+    def __init__(self, gradient, recipe, layout, mesh, batch, *, whole=False):
         assert recipe.num_microbatches % mesh.size == 0
 
         def place(leaf):
-            spec = P() if leaf.is_padded(mesh.size) else leaf.spec
+            spec = P() if whole or leaf.is_padded(mesh.size) else leaf.spec
             sharding = NamedSharding(mesh, spec)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

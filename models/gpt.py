@@ -1,9 +1,10 @@
 """A decoder-only transformer in Flax NNX, GPT-2 and Llama being two of its settings.
 
 Owns the architecture; its options are in `gpt_config.py`. Every parameter carries
-logical axes as NNX metadata; nothing here knows of meshes or devices. Invariants: the
-function computed depends neither on `scan_layers` nor on `remat`, no gradient contains
-a scatter, and a dropout mask depends on the key and on the place in the network alone.
+logical axes as NNX metadata. How a group of devices shares activations is
+said in `sharing.py`; nothing here knows of meshes. Invariants: the function
+computed depends neither on `scan_layers` nor on `remat`, no gradient contains a
+scatter, and a dropout mask depends on the key and on the place in the network alone.
 Dropout acts on the embeddings and on what each sublayer adds, not on attention weights.
 
 Shape suffixes:
@@ -31,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import shardkit as sk
 from models.generation import sampler
 from models.gpt_config import GPTConfig, checked_config
+from models.sharing import keep_input, recomputed, share_stream, whole_context
 
 __all__ = [
     "AXIS_RULES",
@@ -147,6 +149,7 @@ class Attention(nnx.Module):
         q_BTHK, k_BTGK, v_BTGK = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.theta is not None:
             q_BTHK, k_BTGK = _rotate(q_BTHK, self.theta), _rotate(k_BTGK, self.theta)
+        k_BTGK, v_BTGK = whole_context(k_BTGK), whole_context(v_BTGK)
         y_BTHK = jax.nn.dot_product_attention(
             q_BTHK,
             k_BTGK,
@@ -180,7 +183,7 @@ class Block(nnx.Module):
     """One layer: what attention and MLP say is added to the residual stream."""
 
     def __init__(self, config: GPTConfig, rngs: nnx.Rngs):
-        self.dropout = config.dropout
+        self.config = config
         self.attention_norm = Norm(config)
         self.attention = Attention(config, rngs)
         self.mlp_norm = Norm(config)
@@ -190,9 +193,15 @@ class Block(nnx.Module):
         self, x_BTD: FloatBTD, key: PRNGKeyArray | None, may_see_B1TT: Mask
     ) -> FloatBTD:
         y_BTD = self.attention(self.attention_norm(x_BTD), may_see_B1TT)
-        x_BTD = x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 0), self.dropout)
+        x_BTD = self._add(x_BTD, y_BTD, fold_in(key, 0))
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD + sk.nn.dropout(y_BTD, fold_in(key, 1), self.dropout)
+        return self._add(x_BTD, y_BTD, fold_in(key, 1))
+
+    def _add(
+        self, x_BTD: FloatBTD, y_BTD: FloatBTD, key: PRNGKeyArray | None
+    ) -> FloatBTD:
+        y_BTD = share_stream(self.config, y_BTD)
+        return x_BTD + sk.nn.dropout(y_BTD, key, self.config.dropout)
 
 
 class GPT(nnx.Module):
@@ -251,7 +260,7 @@ class GPT(nnx.Module):
             )
         dtype = jnp.dtype(self.config.compute_dtype)
         table_VD = self.embedding[...].astype(dtype)
-        x_BTD = sk.nn.embed(table_VD, tokens_BT)
+        x_BTD = share_stream(self.config, sk.nn.embed(table_VD, tokens_BT))
         if self.position_embedding is not None and positions_BT is None:
             x_BTD = x_BTD + self.position_embedding[None, :length].astype(dtype)
         elif self.position_embedding is not None:
@@ -275,11 +284,10 @@ class GPT(nnx.Module):
 
         def run(x_BTD, state, index):
             block = nnx.merge(graphdef, state)
-            return block(x_BTD, fold_in(key, index), may_see_B1TT)
+            return block(keep_input(x_BTD), fold_in(key, index), may_see_B1TT)
 
         if self.config.remat:
-            # Outside a scan, XLA's CSE would undo the recomputation.
-            run = jax.checkpoint(run, prevent_cse=not scan)
+            run = recomputed(run, self.config)
         if not scan:
             for index, block in enumerate(self.layers):
                 x_BTD = run(x_BTD, nnx.state(block), index + 1)

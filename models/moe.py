@@ -37,6 +37,7 @@ import shardkit as sk
 from models import gpt
 from models.generation import sampler
 from models.gpt import FloatBTD, GPTConfig
+from models.sharing import share_stream
 
 __all__ = ["Experts", "Routed", "build", "route"]
 
@@ -158,14 +159,20 @@ class Experts(nnx.Module):
     def __init__(self, config: GPTConfig, num_experts: int, rngs: nnx.Rngs):
         expert, embed = {"expert": num_experts}, {"embed": config.embed_dim}
         mlp = {"mlp": config.mlp_dim}
-        self.router = gpt.normal(config, embed | expert, rngs)
+        # Every device needs to know of all experts whom a token prefers.
+        self.router = gpt.normal(config, embed | {"choice": num_experts}, rngs)
         self.gate = gpt.normal(config, expert | embed | mlp, rngs)
         self.up = gpt.normal(config, expert | embed | mlp, rngs)
         scale = (2 * config.num_layers) ** -0.5
         self.down = gpt.normal(config, expert | mlp | embed, rngs, scale)
 
     def __call__(
-        self, x_BTD: FloatBTD, *, num_chosen: int, capacity: int | None = None
+        self,
+        x_BTD: FloatBTD,
+        *,
+        num_chosen: int,
+        capacity: int | None = None,
+        per_row: bool = False,
     ) -> tuple[FloatBTD, Float[Array, "N E"], Routed]:
         """Returns what the experts say, the router's probabilities, and who went where.
 
@@ -173,25 +180,40 @@ class Experts(nnx.Module):
             x_BTD: The tokens; one without a place gets zeros.
             num_chosen: Experts of a token.
             capacity: Places of an expert; None for enough.
+            per_row: Whether these are for each row, or for all of them together.
         """
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        probability_NE = jax.nn.softmax(x_ND @ self.router[...], axis=-1)
-        routed = route(
-            probability_NE, num_chosen=num_chosen, capacity=capacity or len(x_ND)
+        x_RND = x_BTD if per_row else x_BTD.reshape(1, -1, x_BTD.shape[-1])
+        probability_RNE = jax.nn.softmax(x_RND @ self.router[...], axis=-1)
+        places = capacity or x_RND.shape[1]
+        send = functools.partial(route, num_chosen=num_chosen, capacity=places)
+        routed = jax.vmap(send)(probability_RNE)
+        x_RECD = jnp.einsum("RNEC,RND->RECD", routed.dispatch_NEC, x_RND)
+        if per_row:
+            # Devices share rows, then experts, then rows: tokens change places by one
+            # all-to-all, and by another one on their way back.
+            x_RECD = sk.constrain(x_RECD, "expert", ..., ..., ...)
+        x_RECD = sk.constrain(x_RECD, ..., "expert", ..., ...)
+        gate_RECM = jax.nn.silu(jnp.einsum("RECD,EDM->RECM", x_RECD, self.gate[...]))
+        up_RECM = jnp.einsum("RECD,EDM->RECM", x_RECD, self.up[...])
+        y_RECD = jnp.einsum("RECM,EMD->RECD", gate_RECM * up_RECM, self.down[...])
+        if per_row:
+            y_RECD = sk.constrain(y_RECD, "expert", ..., ..., ...)
+        y_RND = jnp.einsum("RNEC,RECD->RND", routed.combine_NEC, y_RECD)
+        all_rows = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        together = Routed(
+            all_rows(routed.dispatch_NEC),
+            all_rows(routed.combine_NEC),
+            routed.share_E.mean(0),
+            routed.num_dropped.sum(),
         )
-        x_ECD = jnp.einsum("NEC,ND->ECD", routed.dispatch_NEC, x_ND)
-        gate_ECM = jax.nn.silu(jnp.einsum("ECD,EDM->ECM", x_ECD, self.gate[...]))
-        up_ECM = jnp.einsum("ECD,EDM->ECM", x_ECD, self.up[...])
-        y_ECD = jnp.einsum("ECM,EMD->ECD", gate_ECM * up_ECM, self.down[...])
-        y_ND = jnp.einsum("NEC,ECD->ND", routed.combine_NEC, y_ECD)
-        return y_ND.reshape(x_BTD.shape), probability_NE, routed
+        return y_RND.reshape(x_BTD.shape), all_rows(probability_RNE), together
 
 
-class _Block(nnx.Module):
+class _Block(gpt.Block):
     """One layer: attention, then experts."""
 
     def __init__(self, config: GPTConfig, num_experts: int, rngs: nnx.Rngs):
-        self.dropout = config.dropout
+        self.config = config
         self.attention_norm = gpt.Norm(config)
         self.attention = gpt.Attention(config, rngs)
         self.experts_norm = gpt.Norm(config)
@@ -199,10 +221,9 @@ class _Block(nnx.Module):
 
     def __call__(self, x_BTD, key, **options):
         y_BTD = self.attention(self.attention_norm(x_BTD))
-        x_BTD = x_BTD + sk.nn.dropout(y_BTD, gpt.fold_in(key, 0), self.dropout)
+        x_BTD = self._add(x_BTD, y_BTD, gpt.fold_in(key, 0))
         y_BTD, *rest = self.experts(self.experts_norm(x_BTD), **options)
-        x_BTD = x_BTD + sk.nn.dropout(y_BTD, gpt.fold_in(key, 1), self.dropout)
-        return x_BTD, *rest
+        return self._add(x_BTD, y_BTD, gpt.fold_in(key, 1)), *rest
 
 
 class MoE(nnx.Module):
@@ -221,6 +242,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], list[tuple[Array, Routed]]]:
         """Computes logits, and of every layer probabilities and where tokens went."""
         x_BTD = sk.nn.embed(self.embedding[...], tokens_BT)
+        x_BTD = share_stream(self.config, x_BTD)
         x_BTD = sk.nn.dropout(x_BTD, gpt.fold_in(key, 0), self.config.dropout)
         routed = []
         for index, layer in enumerate(self.layers):
@@ -243,6 +265,7 @@ def build(
     capacity_factor: float = 1.25,
     balance_weight: float = 0.01,
     load_decay: float = 0.9,
+    capacity_per_row: bool = False,
 ) -> sk.Model:
     """Makes the model that a config names.
 
@@ -260,6 +283,9 @@ def build(
             get the same; a microbatch's own tokens are counted.
         balance_weight: How much the balance counts beside the cross entropy.
         load_decay: How much of the shares that the balance goes by a step keeps.
+        capacity_per_row: Whether experts have their places for each row by itself.
+            Devices that share rows and experts then exchange tokens by all-to-all;
+            places for all rows together make each device see all tokens.
 
     Returns:
         A model over microbatches `{"tokens": int32 [rows, T + 1]}`. The metric
@@ -295,7 +321,7 @@ def build(
     def init(key: PRNGKeyArray) -> sk.Variables:
         params = nnx.state(MoE(config, num_experts, nnx.Rngs(params=key)), nnx.Param)
         load_LE = jnp.full((num_layers, num_experts), 1 / num_experts, jnp.float32)
-        return sk.Variables(params, {"load": sk.axes(load_LE, "layers", "expert")})
+        return sk.Variables(params, {"load": sk.axes(load_LE, "layers", "choice")})
 
     @functools.cache
     def graphdef() -> nnx.GraphDef:
@@ -304,9 +330,10 @@ def build(
 
     def run(params: Any, microbatch: Any, key: PRNGKeyArray | None) -> Any:
         inputs_BT = microbatch["tokens"][:, :-1]
-        capacity = moe.capacity(inputs_BT.size)
-        model = nnx.merge(graphdef(), params)
-        logits, routed = model(inputs_BT, key, num_chosen=num_chosen, capacity=capacity)
+        row = capacity_per_row
+        capacity = moe.capacity(inputs_BT.shape[1] if row else inputs_BT.size)
+        options = {"num_chosen": num_chosen, "capacity": capacity, "per_row": row}
+        logits, routed = nnx.merge(graphdef(), params)(inputs_BT, key, **options)
         return gpt.score(logits, microbatch), routed
 
     def loss(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shardkit.evaluation import EvalConfig as EvalConfig
     from shardkit.evaluation import FixedSet as FixedSet
     from shardkit.events import EventLog as EventLog
+    from shardkit.explain.program import explain_program as explain_program
     from shardkit.frameworks.equinox import from_equinox as from_equinox
     from shardkit.frameworks.haiku import from_haiku as from_haiku
     from shardkit.frameworks.linen import from_linen as from_linen
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from shardkit.model import LossOutput as LossOutput
     from shardkit.model import Model as Model
     from shardkit.model_state import Variables as Variables
+    from shardkit.planner.auto_mesh import AutoMesh as AutoMesh
     from shardkit.program import Program as Program
     from shardkit.program_cache import use_program_cache as use_program_cache
     from shardkit.ramp import BatchRamp as BatchRamp
@@ -78,6 +80,7 @@ _HOMES = {
     "RestoreError SaveError ShardkitError",
     "evaluation": "EvalConfig FixedSet",
     "events": "EventLog",
+    "explain.program": "explain_program",
     "frameworks.equinox": "from_equinox",
     "frameworks.haiku": "from_haiku",
     "frameworks.linen": "from_linen",
@@ -88,6 +91,7 @@ _HOMES = {
     "metrics": "StepMetrics",
     "model": "LossOutput Model",
     "model_state": "Variables",
+    "planner.auto_mesh": "AutoMesh",
     "program": "Program",
     "program_cache": "use_program_cache",
     "ramp": "BatchRamp",

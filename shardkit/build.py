@@ -18,10 +18,12 @@ from shardkit.errors import ConfigError, ShardkitError
 
 __all__ = [
     "build_batches",
+    "build_mesh",
     "build_sampler",
     "build_trainer",
     "call_factory",
     "device_pool",
+    "placement_rules",
     "resolve_factory",
 ]
 
@@ -227,6 +229,39 @@ def build_sampler(config: RunConfig) -> Callable[..., Any]:
     return sample
 
 
+def build_mesh(section: configs.MeshSection) -> Any:
+    """Returns the `MeshSpec` that is asked for, or the `AutoMesh`.
+
+    Raises:
+        ShardkitError: If it is none.
+    """
+    import shardkit as sk
+
+    groups = {a: getattr(section, a) for a in ("tensor", "expert", "context")}
+    if not section.auto:
+        return sk.MeshSpec(data=section.data, fsdp=section.fsdp, **groups)
+    return sk.AutoMesh(
+        axes=tuple(section.axes),
+        profile=section.profile,
+        memory_bytes=section.memory_bytes,
+        allow_equivalent=section.allow_equivalent,
+        **groups,
+    )
+
+
+def placement_rules(config: RunConfig, model: Any) -> dict[str, Any]:
+    """Returns `axis_rules`, the model's with the config's over them, and `path_rules`.
+
+    Empty text is None in both.
+    """
+    own = {name: axis or None for name, axis in config.axis_rules.items()}
+    paths = {
+        glob: tuple(name or None for name in names)
+        for glob, names in config.path_rules.items()
+    }
+    return {"axis_rules": {**model.axis_rules, **own}, "path_rules": paths}
+
+
 def _loss_scale(scale: float | None) -> Any:
     from shardkit.recipe import LossScale
 
@@ -242,6 +277,7 @@ def build_trainer(
     snapshot: Any = None,
     speeds: Mapping[int, float] | None = None,
     probe: Any = None,
+    batches: tuple[Any, Any | None, str | None] | None = None,
 ) -> tuple[Any, str | None]:
     """Builds everything that a config names.
 
@@ -253,6 +289,7 @@ def build_trainer(
         snapshot: An `sk.SnapshotConfig`; None for what the config says.
         speeds: Device id → how fast it is beside the others.
         probe: What measures how fast this process is; None for nothing.
+        batches: What stands for the data of the config, as `build_batches` returns it.
 
     Returns:
         A `Trainer` that has not begun, and the digest of its corpus or None.
@@ -266,7 +303,7 @@ def build_trainer(
     from shardkit.model_state import split_variables
     from shardkit.optim import build_optimizer
 
-    train, valid, digest = build_batches(config)
+    train, valid, digest = batches or build_batches(config)
     model = call_factory(config.model.factory, config.model.options, where="model")
     evaluation = None
     if valid is not None:
@@ -282,16 +319,15 @@ def build_trainer(
         snapshot = sk.SnapshotConfig(every=config.snapshot.every)
     made = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     params, _ = split_variables(made)
-    rules = {name: axis or None for name, axis in config.axis_rules.items()}
     trainer = sk.Trainer(
         init=model.init,
         loss=model.loss,
         eval_loss=model.eval_loss,
         tx=build_optimizer(config.optimizer, params, config.data.ramp),
         data=train,
-        mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
+        mesh=build_mesh(config.mesh),
         combine=model.combine,
-        axis_rules={**model.axis_rules, **rules},
+        **placement_rules(config, model),
         num_microbatches=config.data.ramp,
         seed=config.train.seed,
         consistency=config.train.consistency,
@@ -306,6 +342,7 @@ def build_trainer(
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),
         noise_scale=config.train.noise_scale,
+        offload=config.train.offload,
         strict=config.train.strict,
         standby=config.train.standby,
         standby_counts=config.train.standby_counts,

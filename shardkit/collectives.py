@@ -9,6 +9,7 @@ References:
     (VLDB 2020), for gradient buckets.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,16 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from shardkit.labels import label
 from shardkit.shards import Shards
 
-__all__ = ["gather_pieces", "sum_to_pieces"]
+__all__ = ["gather_pieces", "psum", "sum_to_pieces"]
 
 # Packing costs a copy, so that a bucket is also the most memory it adds.
 _BUCKET_BYTES = 32 << 20
 
 
 def gather_pieces(
-    pieces: Sequence[Array], dims: Sequence[int], sizes: Sequence[int], shards: Shards
+    pieces: Sequence[Array],
+    dims: Sequence[int],
+    sizes: Sequence[int],
+    shards: Shards,
+    names: Sequence[str] = (),
 ) -> list[Array]:
     """Joins the pieces of many leaves; one all-gather per bucket.
 
@@ -34,9 +40,10 @@ def gather_pieces(
         dims: The cut dim of each.
         sizes: The logical size of that dim.
         shards: How they are cut.
+        names: What each leaf is called, to label its collective as a gather.
     """
     shapes = [piece.shape for piece in pieces]
-    rows = _in_buckets(list(pieces), shapes, shards.all_gather)
+    rows = _in_buckets(list(pieces), shapes, shards.all_gather, "gather", names)
     return [
         shards.join(row, dim, size)
         for row, dim, size in zip(rows, dims, sizes, strict=True)
@@ -44,7 +51,11 @@ def gather_pieces(
 
 
 def sum_to_pieces(
-    wholes: Sequence[Array], dims: Sequence[int], shards: Shards, data_axis: str
+    wholes: Sequence[Array],
+    dims: Sequence[int],
+    shards: Shards,
+    axes: Sequence[str],
+    names: Sequence[str] = (),
 ) -> list[Array]:
     """Adds many leaves over all devices; each device keeps its own pieces.
 
@@ -52,40 +63,62 @@ def sum_to_pieces(
         wholes: What this device adds.
         dims: The dim along which each sum is wanted cut, -1 for whole.
         shards: How they are cut.
-        data_axis: The mesh axis over which pieces are replicated.
+        axes: The mesh axes over which is added: that of `shards`, if it has one, and
+            those over which pieces are replicated.
+        names: What each leaf is called, to label its collective as a sum.
     """
+    axes = tuple(axes)
+    others = tuple(axis for axis in axes if axis != shards.axis)
     cut = [i for i, dim in enumerate(dims) if dim >= 0]
     whole = [i for i, dim in enumerate(dims) if dim < 0]
-    assert shards.axis is not None
-    axis, both = shards.axis, (data_axis, shards.axis)
 
     def scatter(flat: Array) -> Array:
-        return lax.psum(lax.psum_scatter(flat, axis), data_axis)
+        if shards.axis is None:
+            return psum(flat[0], others)
+        return psum(lax.psum_scatter(flat, shards.axis), others)
+
+    def named(places: list[int]) -> list[str]:
+        return [names[i] for i in places] if names else []
 
     pieces = [shards.split(wholes[i], dims[i]) for i in cut]
     summed = dict(
         zip(
             cut,
-            _in_buckets(pieces, [p.shape[1:] for p in pieces], scatter),
+            _in_buckets(
+                pieces, [p.shape[1:] for p in pieces], scatter, "sum", named(cut)
+            ),
             strict=True,
         )
     )
     rest = [wholes[i] for i in whole]
     everywhere = _in_buckets(
-        rest, [x.shape for x in rest], lambda flat: lax.psum(flat, both)
+        rest,
+        [x.shape for x in rest],
+        lambda flat: psum(flat, axes),
+        "sum",
+        named(whole),
     )
     summed.update(zip(whole, everywhere, strict=True))
     return [summed[i] for i in range(len(dims))]
+
+
+def psum(x: Array, axes: tuple[str, ...]) -> Array:
+    """Sums over the devices along some axes; of none there is one device."""
+    # One axis by its name, as two ways to say the same are two programs.
+    return lax.psum(x, axes[0] if len(axes) == 1 else axes) if axes else x
 
 
 def _in_buckets(
     arrays: list[Array],
     shapes: list[tuple[int, ...]],
     collective: Callable[[Array], Array],
+    purpose: str,
+    names: Sequence[str],
 ) -> list[Array]:
     """Applies a collective to arrays packed along their last `shapes`.
 
-    The collective may add or remove leading dims, but keeps the last one.
+    The collective may add or remove leading dims, but keeps the last one. It is
+    labelled with its purpose where the arrays have names.
     """
     out: list[Array] = []
     for bucket in _buckets(arrays):
@@ -94,7 +127,13 @@ def _in_buckets(
             arrays[i].reshape(*arrays[i].shape[: arrays[i].ndim - len(shapes[i])], size)
             for i, size in zip(bucket, sizes, strict=True)
         ]
-        packed = collective(flat[0] if len(flat) == 1 else jnp.concatenate(flat, -1))
+        packed = flat[0] if len(flat) == 1 else jnp.concatenate(flat, -1)
+        labelled = contextlib.nullcontext()
+        if names:
+            # A gradient can travel in two halves.
+            labelled = label(purpose, list(dict.fromkeys(names[i] for i in bucket)))
+        with labelled:
+            packed = collective(packed)
         ends = np.cumsum(sizes)[:-1].tolist()
         for i, part in zip(bucket, jnp.split(packed, ends, axis=-1), strict=True):
             out.append(part.reshape(*part.shape[:-1], *shapes[i]))

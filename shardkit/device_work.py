@@ -7,7 +7,7 @@ they are functions of the run, the mesh and the grid, and compile nothing.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,15 @@ from jaxtyping import PRNGKeyArray
 
 from shardkit.collectives import gather_pieces
 from shardkit.gradient import MicrobatchLoop
+from shardkit.groups import each_of_group
 from shardkit.keys import stream
+from shardkit.labels import label
 from shardkit.layout import LeafLayout, state_shards
 from shardkit.localize import Localizer
-from shardkit.mesh import BATCH_AXES
+from shardkit.mesh import BATCH_AXES, group_size
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
+from shardkit.offload import put_away, take_back
 from shardkit.recipe import Recipe, update_arguments
 from shardkit.rounding import opaque_zero
 from shardkit.shards import Shards
@@ -58,30 +61,75 @@ class DeviceWork:
 
     @functools.cached_property
     def specs(self) -> Any:
-        """How a state lies: a tree of `PartitionSpec`."""
+        """How `fsdp` cuts a state: a tree of `PartitionSpec`."""
         return jax.tree.map(lambda leaf: leaf.spec, self.layout)
+
+    @functools.cached_property
+    def _group_specs(self) -> Any:
+        """How the axes of a group cut it, if there are groups."""
+        if group_size(self.mesh) == 1:
+            return None
+        sizes = self.mesh.shape
+        return jax.tree.map(lambda x: x.spec_on(sizes, gathered=True), self.layout)
+
+    def _pin(self, part: Any, specs: Any) -> Any:
+        """Keeps a part of a state cut as it should be within a group of devices."""
+        if specs is None:
+            return part
+        return jax.tree.map(lax.with_sharding_constraint, part, specs)
 
     def first_state(self) -> Callable[[PRNGKeyArray], TrainState]:
         """Makes the function that computes the state before step 0."""
-        return self.spmd(self._first_state, PartitionSpec(), self.specs)
+        return self._spmd(self._first_state, PartitionSpec(), self.specs)
 
     def step(self) -> Callable[..., Any]:
         """Makes that of one step: `(state, slots, root) → (state, metrics)`."""
         whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
         specs = (self.specs, slots, whole), (self.specs, whole)
-        return self.spmd(self._step, *specs)
+        run = self._spmd(self._step, *specs)
+        if not self.recipe.offload:
+            return run
+
+        def step(state: TrainState, slots: Any, root: PRNGKeyArray) -> Any:
+            state, metrics = run(take_back(state, *where), slots, root)
+            return put_away(state, *where), metrics
+
+        where = self.layout, self.mesh
+        return step
 
     def evaluation(self) -> Callable[..., Any]:
         """Makes that of sums: `(variables, slots, root, step, index) → sums`."""
         whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
         variables = self.specs.params, self.specs.model_state
         in_specs = variables, slots, whole, whole, whole
-        return self.spmd(self._evaluate, in_specs, whole)
+        return self._spmd(self._evaluate, in_specs, whole)
 
-    def spmd(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
-        """Makes a function of global arrays of one of a device's pieces."""
+    def copies(self, fn: Callable[[TrainState], Any], out_specs: Any) -> Any:
+        """Makes a function of a global state of one of what each device has of it."""
+        sizes = self.mesh.shape
+        specs = jax.tree.map(lambda leaf: leaf.spec_on(sizes), self.layout)
+        return self._spmd(fn, (specs,), out_specs, self.mesh.axis_names)
+
+    def _spmd(
+        self,
+        fn: Callable[..., Any],
+        in_specs: Any,
+        out_specs: Any,
+        axes: Sequence[str] = (),
+    ) -> Any:
+        """Makes a function of global arrays of one of a group's pieces.
+
+        What a group does together is the compiler's: of the axes of the group it sees
+        whole arrays, and partitions them. A group of one device leaves it nothing.
+        """
+        of_group = BATCH_AXES if group_size(self.mesh) > 1 else self.mesh.axis_names
         return jax.shard_map(
-            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+            fn,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={*(axes or of_group)},
+            check_vma=False,
         )
 
     def _loop(self, loss: Callable[..., Any]) -> MicrobatchLoop:
@@ -93,6 +141,8 @@ class DeviceWork:
             self.recipe.exact,
             self.combiner,
             self.recipe.noise_scale,
+            tuple(leaf.path for leaf in jax.tree.leaves(self.layout.params)),
+            tuple(jax.tree.leaves(self._group_specs and self._group_specs.params)),
         )
 
     def _gather(self, variables: Any) -> Any:
@@ -104,19 +154,27 @@ class DeviceWork:
         cut = [i for i, leaf in enumerate(leaves) if leaf.dim >= 0]
         dims = [leaves[i].dim for i in cut]
         sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
-        wholes = gather_pieces([arrays[i] for i in cut], dims, sizes, self.shards)
-        for i, whole in zip(cut, wholes, strict=True):
+        names = [leaves[i].path for i in cut]
+        on = self.mesh.shape
+        specs = [leaves[i].spec_on(on, gathered=True) for i in cut]
+
+        def gather(pieces: list[Array]) -> list[Array]:
+            return gather_pieces(pieces, dims, sizes, self.shards, names)
+
+        share = each_of_group(gather, specs) if group_size(self.mesh) > 1 else gather
+        for i, whole in zip(cut, share([arrays[i] for i in cut]), strict=True):
             arrays[i] = whole
         # What follows must see parameters, not slices of a gathered buffer.
         return lax.optimization_barrier(treedef.unflatten(arrays))
 
     def _first_state(self, root: PRNGKeyArray) -> TrainState:
         state = lax.optimization_barrier(self.recipe.first_state(root))
-        return jax.tree.map(
+        state = jax.tree.map(
             lambda x, leaf: x if leaf.dim < 0 else self.shards.cut(x, leaf.dim),
             state,
             self.layout,
         )
+        return self._pin(state, self._group_specs)
 
     def _step(
         self, state: TrainState, slots: Any, root: PRNGKeyArray
@@ -136,13 +194,15 @@ class DeviceWork:
             loss_scale=state.loss_scale and state.loss_scale[0],
         )
         localizer = Localizer(self.shards, zero := opaque_zero(state.step))
-        (state, metrics), (new_dims, _) = localizer(
-            self.recipe.update,
-            (state, grads, grad_exponent, model_state),
-            update_arguments(dims, lambda _: -1),
-            update_arguments(abstract, lambda x: x),
-        )
-        state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
+        with label("update"):
+            (state, metrics), (new_dims, _) = localizer(
+                self.recipe.update,
+                (state, grads, grad_exponent, model_state),
+                update_arguments(dims, lambda _: -1),
+                update_arguments(abstract, lambda x: x),
+            )
+            state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
+            state = self._pin(state, self._group_specs)
         metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
         return state, metrics | {"gradient_passes": passes}
 

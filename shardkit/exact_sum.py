@@ -15,7 +15,6 @@ References:
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +82,7 @@ def exact_sum(
     *,
     pmax: Callable[[Array], Array] = _identity,
     psum: Callable[[Array], Array] = _identity,
+    merges: bool = True,
 ) -> Float[Array, "..."]:
     """Sums over `dims`, and over devices, to bits that no order can change.
 
@@ -94,6 +94,8 @@ def exact_sum(
         dims: Dims to sum over, all at least 0.
         pmax: Maximum over the devices that hold other addends of the same sums.
         psum: Integer sum over the same devices; at most 8192 of them.
+        merges: Whether dims may become one, which is faster; not where the compiler
+            cuts some, as it would make them whole. The bits are the same.
 
     Returns:
         The sums in float32; NaN where an addend is not finite or reaches 2¹²⁰.
@@ -103,7 +105,7 @@ def exact_sum(
         >>> float(exact_sum(x, [0])), float(exact_sum(x[::-1], [0]))
         (1.5, 1.5)
     """
-    return exact_sums([(x, dims)], pmax=pmax, psum=psum)[0]
+    return exact_sums([(x, dims)], pmax=pmax, psum=psum, merges=merges)[0]
 
 
 def exact_sums(
@@ -111,6 +113,7 @@ def exact_sums(
     *,
     pmax: Callable[[Array], Array] = _identity,
     psum: Callable[[Array], Array] = _identity,
+    merges: bool = True,
 ) -> list[Float[Array, "..."]]:
     """Computes several `exact_sum`s with one `pmax` and one `psum` for all.
 
@@ -118,63 +121,78 @@ def exact_sums(
         addends: Pairs of an array and the dims to sum over.
         pmax: As in `exact_sum`.
         psum: As in `exact_sum`.
+        merges: As in `exact_sum`.
     """
-    moved = [_kept_first(x, dims) for x, dims in addends]
-    peaks = _unpack(pmax(_pack([peak_bits(x, [1]) for x, _ in moved])), moved)
+    moved = [_kept_first(x, dims, merges=merges) for x, dims in addends]
+    shapes = [shape for _, shape in moved]
+    found = [peak_bits(x, range(len(shape), x.ndim)) for x, shape in moved]
+    peaks = _unpack(pmax(_pack(found)), shapes)
     digits = [_digits(x, peak) for (x, _), peak in zip(moved, peaks, strict=True)]
     packed = psum(jnp.concatenate(digits, axis=1))
-    totals = _round_digits(list(packed), _pack(peaks))
+    totals = _unpack(_round_digits(list(packed), _pack(peaks)), shapes)
     return [
-        total.reshape(shape)
-        for total, (_, shape) in zip(_unpack(totals, moved), moved, strict=True)
+        total.reshape([n for dim, n in enumerate(x.shape) if dim not in dims])
+        for total, (x, dims) in zip(totals, addends, strict=True)
     ]
 
 
 def _kept_first(
-    x: Array, dims: Sequence[int]
-) -> tuple[Float[Array, "kept summed"], tuple[int, ...]]:
-    """Brings the dims to sum over last, as one; also returns the shape of the rest."""
+    x: Array, dims: Sequence[int], *, merges: bool
+) -> tuple[Float[Array, "*kept_then_summed"], tuple[int, ...]]:
+    """Brings the dims to sum over last; also returns the shape of the rest."""
     kept = [dim for dim in range(x.ndim) if dim not in dims]
     shape = tuple(x.shape[dim] for dim in kept)
-    num_summed = math.prod(x.shape[dim] for dim in dims)
     x = jnp.transpose(x.astype(jnp.float32), (*kept, *sorted(dims)))
-    return x.reshape(math.prod(shape), num_summed), shape
+    if merges or not dims:
+        num_summed = math.prod(x.shape[len(kept) :])
+        shape = (math.prod(shape),)
+        x = x.reshape(*shape, num_summed)
+    return x, shape
 
 
 def _pack(parts: list[Array]) -> Array:
     return jnp.concatenate([part.reshape(-1) for part in parts])
 
 
-def _unpack(packed: Array, like: list[tuple[Array, Any]]) -> list[Array]:
-    """Cuts a packed array into one row of sums for each of `like`."""
-    ends = np.cumsum([x.shape[0] for x, _ in like])
-    return jnp.split(packed, ends[:-1].tolist())
+def _unpack(packed: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+    """Undoes `_pack`."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = jnp.split(packed, ends[:-1].tolist())
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _digits(
-    x: Float[Array, "kept summed"], peak: Int[Array, " kept"]
+    x: Float[Array, "*kept_then_summed"], peak: Int[Array, "*kept"]
 ) -> Int[Array, "digits kept"]:
     """Cuts every addend into digits below its peak, and sums those in this array."""
-    num_kept, size = x.shape
-    length = max(1, min(size, _CHUNK))
-    num_chunks = max(1, -(-size // length))
-    x = pad_dim(x, 1, num_chunks * length).reshape(num_kept, num_chunks, length)
+    x = _in_chunks(x)
     # |rest| < 1: x over a power of two no smaller than the peak, hence exact.
     exponent = jnp.minimum(_exponent(peak), _MAX_EXPONENT)
-    rest = x * _power_of_two(-exponent)[:, None, None]
+    factor = _power_of_two(-exponent)
+    rest = x * factor.reshape(*factor.shape, *[1] * (x.ndim - peak.ndim))
     digits = []
     for _ in range(_NUM_DIGITS):
         rest = rest * 2.0**_DIGIT_BITS
         whole = jnp.round(rest)
-        digits.append(jnp.sum(whole.astype(jnp.int32), axis=2, dtype=jnp.int32))
+        digits.append(jnp.sum(whole.astype(jnp.int32), axis=-1, dtype=jnp.int32))
         rest = rest - whole
     sums = _carry_once(jnp.stack([jnp.zeros_like(digits[0]), *digits]))
-    while sums.shape[2] > 1:
-        length = min(sums.shape[2], _CHUNK)
-        sums = pad_dim(sums, 2, -(-sums.shape[2] // length) * length)
-        sums = sums.reshape(*sums.shape[:2], -1, length)
-        sums = _carry_once(jnp.sum(sums, axis=3, dtype=jnp.int32))
-    return sums.reshape(_NUM_DIGITS + 1, num_kept)
+    while sums.ndim > 1 + peak.ndim:
+        if sums.shape[-1] == 1:
+            sums = jnp.squeeze(sums, -1)
+            continue
+        sums = jnp.sum(_in_chunks(sums), axis=-1, dtype=jnp.int32)
+        sums = _carry_once(sums)
+    return sums.reshape(_NUM_DIGITS + 1, -1)
+
+
+def _in_chunks(x: Array) -> Array:
+    """Cuts the last dim into two, of which the last can be summed at once."""
+    size = x.shape[-1]
+    length = max(1, min(size, _CHUNK))
+    num_chunks = max(1, -(-size // length))
+    x = pad_dim(x, x.ndim - 1, num_chunks * length)
+    return x.reshape(*x.shape[:-1], num_chunks, length)
 
 
 def _carry_once(digits: Int[Array, "digits ..."]) -> Int[Array, "digits ..."]:

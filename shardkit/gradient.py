@@ -7,15 +7,15 @@ run inside `shard_map` over a mesh with the batch axes; it updates nothing.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from shardkit.collectives import sum_to_pieces
+from shardkit.collectives import psum, sum_to_pieces
 from shardkit.exact_sum import (
     Accumulator,
     exact_sum,
@@ -23,9 +23,11 @@ from shardkit.exact_sum import (
     next_exponent,
     peak_bits,
 )
+from shardkit.groups import each_of_group
 from shardkit.keys import step_key
+from shardkit.labels import label
 from shardkit.layout import state_shards
-from shardkit.mesh import BATCH_AXES
+from shardkit.mesh import BATCH_AXES, exchange_axes, group_size
 from shardkit.microbatch import Grid
 from shardkit.model import LossOutput, call_loss
 from shardkit.model_state import Combiner
@@ -35,6 +37,8 @@ from shardkit.rounding import opaque_zero, unfused
 __all__ = ["MicrobatchLoop"]
 
 LOSS_STREAM = "loss"
+
+T = TypeVar("T")
 
 Kept = tuple[Array, list[Array]]
 """What microbatches return beside gradients: rows of sums, and the model's states."""
@@ -56,6 +60,9 @@ class MicrobatchLoop:
         exact: Whether sums keep their bits on every mesh.
         combiner: How the model's states that microbatches leave become one.
         noise: Whether the squares of microbatch gradients are summed too.
+        names: The paths of the parameters, to label their sums.
+        specs: For each parameter how it, and its gradient, is cut within a group of
+            devices; empty if a microbatch is one device's.
     """
 
     loss: Callable[..., Any]
@@ -65,19 +72,21 @@ class MicrobatchLoop:
     exact: bool = True
     combiner: Combiner = dataclasses.field(default_factory=Combiner)
     noise: bool = False
+    names: tuple[str, ...] = ()
+    specs: tuple[PartitionSpec, ...] = ()
 
     def evaluate(
         self, params: Any, model_state: Any, slots: Any, root: Array, step: Array
     ) -> LossOutput:
         """Sums loss, weight and metrics over the global batch."""
-        start, count = self._bounds()
+        start, count, own = self._bounds()
 
         def call(i: Array) -> LossOutput:
             key = step_key(root, LOSS_STREAM, step, start + i)
             return call_loss(self.loss, params, model_state, _at(slots, i), key)[0]
 
         def body(i: Array, rows: Array) -> Array:
-            return _put(rows, call(i), start + i)
+            return self._if(i < own, _put(rows, call(i), start + i), rows)
 
         # What is measured may follow from which leaves a batch has.
         output = jax.tree.structure(jax.eval_shape(call, start))
@@ -113,7 +122,7 @@ class MicrobatchLoop:
             pieces; the grids for the next step; and how many passes over the
             microbatches it took: two if a gradient outgrew its grid.
         """
-        start, _ = self._bounds()
+        start, _, own = self._bounds()
         scale = jnp.float32(1) if loss_scale is None else loss_scale
         before, state_tree = jax.tree.flatten(model_state)
 
@@ -125,7 +134,7 @@ class MicrobatchLoop:
                 return found[0].loss_sum * scale, found
 
             grads, (out, left) = jax.grad(scaled, has_aux=True)(params)
-            found = out, jax.tree.leaves(left), jax.tree.leaves(grads)
+            found = out, jax.tree.leaves(left), self._pin(jax.tree.leaves(grads))
             if self.exact:
                 # Fused with what sums it, a gradient's bits could follow that sum's
                 # shape.
@@ -135,7 +144,9 @@ class MicrobatchLoop:
                 out = with_squares(out, grads, scale)
             rows, states = kept
             states = self.combiner.put(states, before, left, start + i)
-            return (_put(rows, out, start + i), states), grads
+            found = (_put(rows, out, start + i), states), grads
+            nothing = kept, [*map(jnp.zeros_like, grads)]
+            return self._if(i < own, found, nothing)
 
         leaves, treedef = jax.tree.flatten(params)
         empty = self._empty_rows(), self.combiner.empty(before)
@@ -162,7 +173,8 @@ class MicrobatchLoop:
         for factor in factors:
             sums = [unfused(g * factor, zero) for g in sums]
         grads = [g.astype(p.dtype) for g, p in zip(sums, leaves, strict=True)]
-        states = self.combiner.finish(states, before, self._add_whole, zero)
+        with label("state"):
+            states = self.combiner.finish(states, before, self._add_whole, zero)
         after, grads = state_tree.unflatten(states), treedef.unflatten(grads)
         return out, after, grads, grad_exponent, passes
 
@@ -175,7 +187,7 @@ class MicrobatchLoop:
         kept: Kept,
     ) -> tuple[Kept, list[Array], Array, Array]:
         """Sums on integer grids, again on wider ones if a gradient outgrew its own."""
-        _, count = self._bounds()
+        _, count, _ = self._bounds()
         accumulator = Accumulator(self.grid.num_microbatches)
         empty = (
             [accumulator.zeros(leaf.shape) for leaf in leaves],
@@ -200,17 +212,21 @@ class MicrobatchLoop:
                     for n, (sums, grad) in enumerate(zip(limbs, grads, strict=True))
                 ]
                 peaks = jnp.maximum(peaks, jnp.stack([peak_bits(g) for g in grads]))
+                limbs = [*zip(*map(self._pin, zip(*limbs, strict=True)), strict=True)]
                 return limbs, peaks, kept
 
             limbs, peaks, kept = lax.fori_loop(0, count, body, empty)
-            return (limbs, lax.pmax(peaks, BATCH_AXES), kept), exponents, passes + 1
+            if axes := exchange_axes(self.mesh):
+                with label("range"):
+                    peaks = lax.pmax(peaks, axes)
+            return (limbs, peaks, kept), exponents, passes + 1
 
         (limbs, peaks, kept), exponents, passes = lax.while_loop(
             outgrown, one_pass, (empty, exponents, jnp.int32(0))
         )
         num = len(leaves)
         limbs = [pair[0] for pair in limbs] + [pair[1] for pair in limbs]
-        limbs = self._add_over_devices(limbs, dims * 2)
+        limbs = self._add_over_devices(limbs, dims * 2, self.names * 2, self.specs * 2)
         sums = [
             jnp.where(
                 is_summable(peaks[n]),
@@ -228,30 +244,61 @@ class MicrobatchLoop:
         dims: list[int],
         kept: Kept,
     ) -> tuple[Kept, list[Array]]:
-        _, count = self._bounds()
+        _, count, _ = self._bounds()
 
         def body(i: Array, carry: Any) -> Any:
             sums, kept = carry
             kept, grads = value_and_grad(i, kept)
             sums = [s + g for s, g in zip(sums, grads, strict=True)]
-            return sums, kept
+            return self._pin(sums), kept
 
         empty = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
         sums, kept = lax.fori_loop(0, count, body, (empty, kept))
-        return kept, self._add_over_devices(sums, dims)
+        return kept, self._add_over_devices(sums, dims, self.names, self.specs)
 
-    def _bounds(self) -> tuple[Array, Array]:
-        """This device's first microbatch, and how many it computes."""
+    @property
+    def _is_grouped(self) -> bool:
+        return group_size(self.mesh) > 1
+
+    def _bounds(self) -> tuple[Array, Array, Array]:
+        """This device's first microbatch, passes of its loop, and those that count.
+
+        Groups of devices all make as many passes, as what a compiler lets a group
+        exchange may wait for all devices. It takes no longer than the busiest group.
+        """
         index = lax.axis_index(BATCH_AXES)
         starts, counts = self.grid.starts, self.grid.counts
+        own = jnp.asarray(counts)[index]
+        passes = jnp.int32(counts.max()) if self._is_grouped else own
         # Where all compute as many the compiler would know how many, and a loop that it
         # unrolls is fused otherwise.
-        return lax.optimization_barrier(
-            (jnp.asarray(starts)[index], jnp.asarray(counts)[index])
-        )
+        return lax.optimization_barrier((jnp.asarray(starts)[index], passes, own))
 
-    def _add_over_devices(self, arrays: list[Array], dims: list[int]) -> list[Array]:
-        return sum_to_pieces(arrays, dims, state_shards(self.mesh), "data")
+    def _if(self, counts: Array, found: T, nothing: T) -> T:
+        """Takes what a pass found if it counts; all do where groups are devices."""
+        if not self._is_grouped:
+            return found
+        return jax.tree.map(lambda a, b: jnp.where(counts, a, b), found, nothing)
+
+    def _pin(self, arrays: Sequence[Array]) -> list[Array]:
+        """Keeps gradients, or sums of them, cut as the parameters are."""
+        if not self.specs:
+            return list(arrays)
+        return [*map(lax.with_sharding_constraint, arrays, self.specs)]
+
+    def _add_over_devices(
+        self,
+        arrays: list[Array],
+        dims: list[int],
+        names: tuple[str, ...] = (),
+        specs: tuple[PartitionSpec, ...] = (),
+    ) -> list[Array]:
+        shards, axes = state_shards(self.mesh), exchange_axes(self.mesh)
+
+        def add(arrays: list[Array]) -> list[Array]:
+            return sum_to_pieces(arrays, dims, shards, axes, names)
+
+        return each_of_group(add, list(specs))(arrays) if specs else add(arrays)
 
     def _add_whole(self, arrays: list[Array]) -> list[Array]:
         return self._add_over_devices(arrays, [-1] * len(arrays))
@@ -264,7 +311,9 @@ class MicrobatchLoop:
         """Adds the results of all microbatches, each known to one device."""
         # As integers, since adding 0.0 would turn -0.0 into 0.0.
         bits = lax.bitcast_convert_type(rows, jnp.int32)
-        rows = lax.bitcast_convert_type(lax.psum(bits, BATCH_AXES), jnp.float32)
+        with label("metrics"):
+            bits = psum(bits, exchange_axes(self.mesh))
+        rows = lax.bitcast_convert_type(bits, jnp.float32)
         sums = exact_sum(rows, [1]) if self.exact else jnp.sum(rows, axis=1)
         return self.output.unflatten(list(sums))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.extend import core
 
-__all__ = ["Step", "equations", "flatten", "handed_on", "results"]
+__all__ = ["Step", "equations", "flatten", "handed_on", "results", "scan_parts"]
 
 _WRAPPERS = frozenset(
     """checkpoint closed_call core_call custom_jvp_call custom_vjp_call
@@ -85,6 +85,22 @@ def inner_jaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
         if body is not None:
             return body if hasattr(body, "consts") else core.ClosedJaxpr(body, ())
     return None
+
+
+def scan_parts(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """Counts a scan's constants and what it carries; the other arguments are rows."""
+    # They are spelled otherwise from version to version of JAX; what is cut into rows
+    # has one dim less inside.
+    body = eqn.params["jaxpr"].jaxpr
+    pairs = zip(eqn.invars, body.invars, strict=True)
+    num_rows = sum(_num_dims(a) != _num_dims(b) for a, b in pairs)
+    pairs = zip(eqn.outvars, body.outvars, strict=True)
+    num_carry = sum(_num_dims(a) == _num_dims(b) for a, b in pairs)
+    return len(eqn.invars) - num_rows - num_carry, num_carry
+
+
+def _num_dims(atom: Any) -> int:
+    return len(getattr(atom.aval, "shape", ()))
 
 
 def equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:

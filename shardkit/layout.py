@@ -1,6 +1,6 @@
 """Which place holds which box of a leaf.
 
-Owns `LeafLayout`: the logical shape of a leaf, the one dim that may be cut, and what
+Owns `LeafLayout`: the logical shape of a leaf, the dims that may be cut, and what
 follows from them on a given mesh; and `Layout`: any cutting of a leaf over any grid
 of devices, host copies or files. Invariant: boxes are in *logical* indices, so the
 padding that makes pieces equal is never part of one. Pure: no device is touched.
@@ -8,6 +8,7 @@ padding that makes pieces equal is never part of one. Pure: no device is touched
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardkit.errors import PartitionError
+from shardkit.mesh import exchange_axes, group_size
 from shardkit.places import Medium, Places
 from shardkit.shards import Shards
 
@@ -24,7 +26,10 @@ Box = tuple[tuple[int, int], ...]
 """A box of global indices: `(start, stop)` for every dim."""
 
 SHARD_AXIS = "fsdp"
-"""The mesh axis along which state is cut."""
+"""The mesh axis along which state is cut, with padding where it must be.
+
+The axes of a group (`mesh.GROUP_AXES`) cut it too, but only dims that they divide: what
+they cut is the compiler's, which pads by itself within a program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +42,18 @@ class LeafLayout:
         dtype: Its dtype.
         dim: The dim that is cut along `fsdp`; -1 for none.
         axes: The logical axis of every dim, for information; None if not annotated.
+        group: The axes of a group that cut it where they divide it, and which dim each
+            of them cuts: `(axis, dim)`.
 
     Example:
         >>> leaf = LeafLayout("w", (5, 4), np.dtype("float32"), 0)
         >>> leaf.physical_shape(2), leaf.interval(1, 2)
         ((6, 4), (3, 5))
+        >>> leaf = dataclasses.replace(leaf, group=(("tensor", 1),))
+        >>> tuple(leaf.spec_on({"fsdp": 2, "tensor": 2}))
+        ('fsdp', 'tensor')
+        >>> leaf.group_on({"fsdp": 2, "tensor": 3})
+        ()
     """
 
     path: str
@@ -49,6 +61,12 @@ class LeafLayout:
     dtype: Any
     dim: int = -1
     axes: tuple[str | None, ...] | None = dataclasses.field(default=None, compare=False)
+    group: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def kind(self) -> Any:
+        """Leaves of one kind are alike on every mesh."""
+        return self.shape, self.dtype, self.dim, self.group
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:
@@ -57,14 +75,32 @@ class LeafLayout:
 
     @property
     def spec(self) -> PartitionSpec:
-        """The partition spec on any mesh."""
+        """How `fsdp` cuts it on any mesh."""
         if self.dim < 0:
             return PartitionSpec()
         return PartitionSpec(*[None] * self.dim, SHARD_AXIS)
 
+    def group_on(self, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+        """What of `group` cuts it, where axes have these sizes (absent ones 1)."""
+        counts = ((axis, dim, sizes.get(axis, 1)) for axis, dim in self.group)
+        return tuple(
+            (axis, dim) for axis, dim, n in counts if n > 1 and not self.shape[dim] % n
+        )
+
+    def spec_on(
+        self, sizes: Mapping[str, int], *, gathered: bool = False
+    ) -> PartitionSpec:
+        """How it is cut, where mesh axes have these sizes; `gathered` along `fsdp`."""
+        cuts = {dim: axis for axis, dim in self.group_on(sizes)}
+        if not cuts:
+            return PartitionSpec() if gathered else self.spec
+        if self.dim >= 0 and not gathered:
+            cuts[self.dim] = SHARD_AXIS
+        return PartitionSpec(*map(cuts.get, range(len(self.shape))))
+
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """Where its pieces are on `mesh`."""
-        return NamedSharding(mesh, self.spec)
+        return NamedSharding(mesh, self.spec_on(mesh.shape))
 
     def physical_shape(self, count: int) -> tuple[int, ...]:
         """The global shape including padding, cut into `count` pieces."""
@@ -89,7 +125,7 @@ class LeafLayout:
         return min(index * piece, size), min((index + 1) * piece, size)
 
     def piece_bytes(self, count: int) -> int:
-        """Physical bytes on each device."""
+        """Physical bytes on each device of a mesh that `fsdp` alone cuts."""
         total = math.prod(self.physical_shape(count)) * np.dtype(self.dtype).itemsize
         return total if self.dim < 0 else total // count
 
@@ -176,7 +212,8 @@ class Layout:
     @classmethod
     def of_leaf(cls, leaf: LeafLayout, places: Places) -> "Layout":
         """A leaf of the state on the places of a mesh that has an `fsdp` axis."""
-        return cls.of_spec(places, leaf.spec, leaf.shape, leaf.dtype)
+        spec = leaf.spec_on(places.axis_sizes)
+        return cls.of_spec(places, spec, leaf.shape, leaf.dtype)
 
     @classmethod
     def whole(cls, places: Places, shape: tuple[int, ...], dtype: Any) -> "Layout":
@@ -235,4 +272,5 @@ def _itemsize(dtype: Any) -> int:
 
 def state_shards(mesh: Mesh, *, exact: bool = True) -> Shards:
     """How state is cut on `mesh`, for use inside `shard_map`."""
-    return Shards(SHARD_AXIS, mesh.shape[SHARD_AXIS], exact)
+    axis = SHARD_AXIS if SHARD_AXIS in exchange_axes(mesh) else None
+    return Shards(axis, mesh.shape[SHARD_AXIS], exact, group_size(mesh) > 1)

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.extend import core
 
 from shardkit import matrices
-from shardkit.exact_sum import exact_sums
+from shardkit.exact_sum import exact_sum, exact_sums
 from shardkit.inexact import check_operations
 from shardkit.jaxprs import Step, flatten, results
 from shardkit.layout import LeafLayout
@@ -310,7 +310,8 @@ class Localizer:
 
     def _sum(self, x: Array, dims: Sequence[int]) -> Array:
         """Sums a whole array, or the pieces of one along other dims."""
-        total = exact_sums([(x, dims)])[0] if self.shards.exact else jnp.sum(x, dims)
+        exact, merges = self.shards.exact, not self.shards.grouped
+        total = exact_sum(x, dims, merges=merges) if exact else jnp.sum(x, dims)
         return total.astype(x.dtype)
 
     def _float_sums(self, steps: list[Step], values: list[Shard | None]) -> None:
@@ -332,18 +333,15 @@ class Localizer:
             addends = [(array, dims) for _, _, array, dims in batch]
             if shards.exact:
                 over = {"pmax": shards.pmax, "psum": shards.psum} if across else {}
-                totals = exact_sums(addends, **over)
+                totals = exact_sums(addends, merges=not shards.grouped, **over)
             else:
                 totals = [jnp.sum(a, axis=tuple(dims)) for a, dims in addends]
                 totals = [shards.psum(t) for t in totals] if across else totals
             for (target, x, array, dims), total in zip(batch, totals, strict=True):
                 total = total.astype(array.dtype)
                 cut = not across and x.dim is not None
-                values[target] = (
-                    Shard(total, dim_after_reduction(x.dim, dims), x.size)  # pyright: ignore
-                    if cut
-                    else Shard(total)
-                )
+                where = (dim_after_reduction(x.dim, dims), x.size) if cut else ()  # pyright: ignore
+                values[target] = Shard(total, *where)
 
     def _cond(self, eqn: core.JaxprEqn, args: list[Shard]) -> list[Shard]:
         """Translates the branches, then brings their results to one cut."""

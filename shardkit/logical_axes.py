@@ -184,15 +184,19 @@ def infer_shardings(tree: Any, axis_rules: AxisRules, mesh: Mesh) -> Any:
 
 
 def constrain(x: Any, *names: Any, axis_rules: AxisRules | None = None) -> Any:
-    """Asks for activations to be cut along mesh axes, for people with their own loop.
+    """Asks for activations to be cut along mesh axes that are left to the compiler.
 
-    It constrains what is left to the compiler: the axes of the mesh that
-    `jax.set_mesh` has made the current one. In a `Trainer` each microbatch is on one
-    device, so there is nothing to cut there, and `x` comes back as it is.
+    In a `Trainer` these are `tensor`, `expert` and `context`, along which a group of
+    devices computes a microbatch together: no number depends on what is asked for but
+    by rounding. In a loop of one's own they are the axes of the mesh that
+    `jax.set_mesh` has made the current one. Elsewhere, and along axes that do not
+    divide a dim, nothing is cut.
 
     Args:
         x: An array.
-        *names: As in `axes`, like what is raised.
+        *names: As in `axes`, like what is raised; besides, `...` for a dim that the
+            compiler may cut as it likes (None: it stays whole), and a tuple for one
+            that several axes cut, the slowest first.
         axis_rules: Logical axis → mesh axis; a mesh axis' own name is itself.
 
     Example:
@@ -201,7 +205,13 @@ def constrain(x: Any, *names: Any, axis_rules: AxisRules | None = None) -> Any:
     """
     rules = axis_rules or {}
     check_rules(rules, set(rules))
-    found = axes(x, *names).names
+    several = [name if isinstance(name, tuple) else (name,) for name in names]
+    first = [name[0] if name and name[0] is not ... else None for name in several]
+    found = axes(x, *first).names
+    if len(found) == len(several):
+        # A `PartitionSpec` for all dims is a name for each by now.
+        rest = [name[1:] if found[d] else () for d, name in enumerate(several)]
+        found = [(name, *more) for name, more in zip(found, rest, strict=True)]
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {
         axis: size
@@ -212,17 +222,27 @@ def constrain(x: Any, *names: Any, axis_rules: AxisRules | None = None) -> Any:
     }
     if not sizes:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(x.shape, found, rules, sizes))
+    entries = [*_spec(x.shape, found, rules, sizes)]
+    for dim, name in enumerate(names):
+        if name is ...:
+            entries[dim] = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
 def _spec(
     shape: tuple[int, ...], names: Any, rules: AxisRules, sizes: Mapping[str, int]
 ) -> PartitionSpec:
     """Cuts dims by the axes that divide them, each axis once."""
-    entries: list[str | None] = []
+    entries: list[Any] = []
+    used: set[str] = set()
     for size, name in zip(shape, names, strict=False):
-        target = mesh_axis(name, rules)
-        is_new = target in sizes and target not in entries
-        fits = target is not None and is_new and size % sizes[target] == 0
-        entries.append(target if fits else None)
+        cut: list[str] = []
+        for one in name if isinstance(name, tuple) else (name,):
+            target = mesh_axis(one, rules)
+            count = sizes.get(target or "", 0)
+            if target and count and target not in used and size % count == 0:
+                used.add(target)
+                cut.append(target)
+                size //= count
+        entries.append(tuple(cut) if len(cut) > 1 else cut[0] if cut else None)
     return PartitionSpec(*entries)

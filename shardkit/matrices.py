@@ -60,7 +60,8 @@ def compute(tasks: Sequence[Task], shards: Shards) -> list[list[Shard]]:
     Returns:
         The results of each task, cut as it wants them.
     """
-    large = [shards.count > 1 and task.cost >= WORTH_SENDING for task in tasks]
+    deals = shards.count > 1 and not shards.grouped
+    large = [deals and task.cost >= WORTH_SENDING for task in tasks]
     here = [task for task, is_large in zip(tasks, large, strict=True) if not is_large]
     sent = [task for task, is_large in zip(tasks, large, strict=True) if is_large]
     found = {

@@ -6,7 +6,8 @@ itself, and it decides nothing about tensors.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,14 @@ from shardkit.errors import ConfigError, MeshError
 
 __all__ = [
     "BATCH_AXES",
+    "GROUP_AXES",
     "MESH_AXES",
     "MeshSpec",
-    "check_mesh",
     "check_no_mesh_is_set",
+    "consistency_class",
     "device_ids",
+    "exchange_axes",
+    "group_size",
     "mesh_sizes",
 ]
 
@@ -30,6 +34,9 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 BATCH_AXES = ("data", "fsdp")
 """The axes over which the microbatches of a step are dealt out."""
+
+GROUP_AXES = ("tensor", "expert", "context")
+"""The axes over which a group of devices computes one microbatch together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +87,7 @@ class MeshSpec:
         Raises:
             MeshError: If the fixed axes alone need more devices than there are.
         """
-        fixed = self.tensor * self.expert * self.context
+        fixed = math.prod(getattr(self, axis) for axis in GROUP_AXES)
         if num_devices < fixed:
             raise MeshError(
                 f"mesh {self} needs at least {fixed} devices for tensor × expert × "
@@ -96,9 +103,7 @@ class MeshSpec:
         return {
             "data": data,
             "fsdp": fsdp,
-            "tensor": self.tensor,
-            "expert": self.expert,
-            "context": self.context,
+            **{axis: getattr(self, axis) for axis in GROUP_AXES},
         }
 
     def decisions(self, num_devices: int) -> list[str]:
@@ -149,24 +154,45 @@ def mesh_sizes(mesh: Mesh) -> dict[str, int]:
     return {a: n for a, n in mesh.shape.items() if n > 1} or {"data": 1}
 
 
+def group_size(mesh: Mesh) -> int:
+    """Returns how many devices compute a microbatch together."""
+    return math.prod(mesh.shape[axis] for axis in GROUP_AXES)
+
+
+def exchange_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Returns the batch axes over which devices exchange what they computed.
+
+    XLA refuses collectives of one device where the axes of a group are the compiler's,
+    so that there an axis of size 1 is left out.
+    """
+    if group_size(mesh) == 1:
+        return BATCH_AXES
+    return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+
+
 def device_ids(mesh: Mesh) -> tuple[int, ...]:
     """Returns the ids of the mesh's devices, in mesh order."""
     return tuple(device.id for device in mesh.devices.flat)
 
 
-def check_mesh(mesh: Any) -> None:
-    """Refuses what is neither a `MeshSpec` nor None, and a mesh that JAX has been set.
+def consistency_class(old: Mapping[str, int], new: Mapping[str, int]) -> str:
+    """Whether a run that sums exactly keeps its bits from one mesh to another.
 
-    Raises:
-        ConfigError: If it is something else, or another mesh is the current one.
+    A change of groups changes the arithmetic within a microbatch: what comes out is
+    `"equivalent"`, equal but for rounding.
+
+    Args:
+        old: Mesh axis → size.
+        new: Likewise.
+
+    Example:
+        >>> consistency_class({"data": 8}, {"data": 3})
+        'exact'
+        >>> consistency_class({"tensor": 2}, {"tensor": 4})
+        'equivalent'
     """
-    check_no_mesh_is_set()
-    if not isinstance(mesh, MeshSpec | None):
-        raise ConfigError(
-            f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}. Give "
-            "sizes, such as sk.MeshSpec(data=2, fsdp=-1), of which a mesh is made on "
-            "the devices that are there."
-        )
+    same = all(old.get(axis, 1) == new.get(axis, 1) for axis in GROUP_AXES)
+    return "exact" if same else "equivalent"
 
 
 def check_no_mesh_is_set() -> None:

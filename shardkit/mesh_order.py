@@ -38,13 +38,17 @@ class MeshOrder:
 
     def __init__(self, layout: Any) -> None:
         leaves: list[LeafLayout] = jax.tree.leaves(layout)
-        counts = collections.Counter(
-            (leaf.shape, leaf.dtype, leaf.dim) for leaf in leaves
-        )
+        counts = collections.Counter(leaf.kind for leaf in leaves)
         # As many equal leaves hold what one with another, uncut dim in front does.
         self._stacks = [
-            LeafLayout(str(i), (num, *shape), dtype, dim + 1 if dim >= 0 else dim)
-            for i, ((shape, dtype, dim), num) in enumerate(counts.items())
+            LeafLayout(
+                str(i),
+                (num, *shape),
+                dtype,
+                dim + 1 if dim >= 0 else dim,
+                group=tuple((axis, cut + 1) for axis, cut in group),
+            )
+            for i, ((shape, dtype, dim, group), num) in enumerate(counts.items())
         ]
         self._known: dict[Any, DeviceOrder] = {}
 

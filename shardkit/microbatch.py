@@ -24,9 +24,11 @@ __all__ = ["Grid", "checked_speeds"]
 class Grid:
     """`num_microbatches` dealt to `num_devices`.
 
+    Where a group of devices computes a microbatch together, it counts as one device.
+
     Attributes:
         num_microbatches: The size of the grid.
-        num_devices: Over how many devices it is dealt.
+        num_devices: Over how many devices, or groups, it is dealt.
         speeds: How fast each device is beside the others, above 0; empty if they are
             all alike. The step then takes as long as it must: no other dealing of
             whole microbatches lets the last device be done earlier.
@@ -79,7 +81,7 @@ class Grid:
         """The global microbatch in every slot, `max_count` slots per device.
 
         A slot that a device does not use repeats the last microbatch; it is loaded
-        and never computed.
+        and never counts.
         """
         index = self.starts[:, None] + np.arange(self.max_count)[None]
         return np.minimum(index.reshape(-1), self.num_microbatches - 1)

@@ -25,9 +25,10 @@ from shardkit.digest import leaf_digest
 from shardkit.events import EventLog
 from shardkit.keys import root_key
 from shardkit.layout import LeafLayout
-from shardkit.mesh import MESH_AXES
+from shardkit.mesh import MESH_AXES, group_size
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
+from shardkit.offload import check_memory, put_away, resting, take_back
 from shardkit.program import Program, in_this_context
 from shardkit.program_report import ProgramReport, report_program
 from shardkit.put import put
@@ -55,7 +56,8 @@ class Placement:
         outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
         waiter: What waits for programs.
-        speeds: Device id → how fast it is beside the others; 1.0 if not named.
+        speeds: Device id → how fast it is beside the others; 1.0 if not named. Groups
+            of devices share evenly all the same.
         stages: Whether states are to be copied, for snapshots.
 
     Attributes:
@@ -79,10 +81,15 @@ class Placement:
         stages: bool = False,
     ) -> None:
         self._waiter = waiter
+        if recipe.offload:
+            check_memory(mesh.local_devices)
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         output, _, combiner = outputs
-        speed_of = tuple(speeds.get(d.id, 1.0) for d in mesh.devices.flat)
-        grid = Grid(recipe.num_eval_microbatches, mesh.size, speed_of)
+        # Groups all make as many passes, so that fewer for one would help nobody.
+        is_even = group_size(mesh) > 1
+        speed_of = () if is_even else [speeds.get(d.id, 1.0) for d in mesh.devices.flat]
+        num_groups = mesh.size // group_size(mesh)
+        grid = Grid(recipe.num_eval_microbatches, num_groups, tuple(speed_of))
         self._make = functools.partial(Program, exact=recipe.exact, events=events)
         self._batch, self._eval_slots = batch, Slots(mesh, grid)
         self._work = work = DeviceWork(recipe, layout, mesh, grid, output, combiner)
@@ -92,7 +99,7 @@ class Placement:
         }
         self.staging = Staging(layout, mesh)
         if stages:
-            copies = work.spmd(self.staging.copy, (work.specs,), self.staging.spec)
+            copies = work.copies(self.staging.copy, self.staging.spec)
             self.programs["stage"] = self._make(copies, name="stage", exact=False)
         self.root = put(root_key(recipe.seed), NamedSharding(mesh, PartitionSpec()))
         self._stage: Any = None
@@ -151,12 +158,18 @@ class Placement:
     def stage(self, state: TrainState) -> list[Array]:
         """Copies a state, as `staging` says, and leaves it as it is."""
         self.compile_stage()
-        return self._stage(state)
+        return self._stage(self.on_devices(state))
+
+    def on_devices(self, state: TrainState) -> TrainState:
+        """Returns a state with all of it in the memory of devices."""
+        if not self.recipe.offload:
+            return state
+        return take_back(state, self.layout, self.mesh)
 
     def compile_stage(self) -> None:
         """Compiles what `stage` needs, where states are to be copied."""
         if self._stage is None and "stage" in self.programs:
-            self._stage = self._ready(self.programs["stage"], self._step_args()[0])
+            self._stage = self._ready(self.programs["stage"], self._state())
 
     def meet(self) -> None:
         """Lets all devices exchange something, which sets their connections up."""
@@ -214,7 +227,7 @@ class Placement:
         """Yields programs with abstract arguments, the longest to compile first."""
         yield self._step, self._step_args()
         if "stage" in self.programs:
-            yield self.programs["stage"], self._step_args()[:1]
+            yield self.programs["stage"], (self._state(),)
         if digests:
             for leaf in jax.tree.leaves(self.layout):
                 program, abstract = self._digester(leaf)
@@ -222,8 +235,18 @@ class Placement:
         if eval_batch is not None:
             yield self.programs["evaluate"], self._eval_args(eval_batch)
 
+    def _state(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+
     def _step_args(self) -> tuple[Any, ...]:
-        state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+        state = self._state()
+        if self.recipe.offload:
+
+            def rest(x: Any, leaf: LeafLayout) -> Any:
+                return x.update(sharding=resting(leaf, self.mesh))
+
+            away = jax.tree.map(rest, state.opt_state, self.layout.opt_state)
+            state = dataclasses.replace(state, opt_state=away)
         slots = self._slots.abstract(self._batch, self.recipe.ramp(0))
         return state, slots, self.root
 
@@ -250,6 +273,8 @@ class Placement:
         """
         self.compile()
         slots = self._slots.place(batch)
+        if self.recipe.offload:
+            state = put_away(state, self.layout, self.mesh)
         hold()
         out = self.executable(state, slots, self.root)
         if not self._has_run:
@@ -280,6 +305,7 @@ class Placement:
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
+        state = self.on_devices(state)
         leaves = zip(jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True)
         # Each is waited for: programs with collectives that do not depend on one
         # another can hold all threads of the CPU backend, each waiting for its rest.
@@ -302,7 +328,7 @@ class Placement:
         A state has few shapes. What a step returns can name its sharding otherwise,
         where an axis has one device, and would not be found again.
         """
-        key = f"digest {leaf.shape} {leaf.dim}"
+        key = f"digest {leaf.shape} {leaf.dim} {leaf.group}"
         if key not in self.programs:
             whole = NamedSharding(self.mesh, PartitionSpec())
 
@@ -321,4 +347,4 @@ class Placement:
                 return x
             return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
 
-        return jax.tree.map(unpad, state, self.layout)
+        return jax.tree.map(unpad, self.on_devices(state), self.layout)

@@ -29,6 +29,7 @@ class ProgramReport:
         temp_bytes: What it needs besides while it runs.
         code_bytes: The code itself; 0 on the CPU, where XLA does not count it.
         collectives: What devices exchange, by kind.
+        compiled: The program itself, for `sk.explain_program`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ProgramReport:
     temp_bytes: int | None
     code_bytes: int | None
     collectives: tuple[Collective, ...]
+    compiled: jax.stages.Compiled = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
         rows = [
@@ -87,6 +89,7 @@ def report_program(
         temp_bytes=getattr(memory, "temp_size_in_bytes", None),
         code_bytes=getattr(memory, "generated_code_size_in_bytes", None),
         collectives=find_collectives(compiled.as_text() or ""),
+        compiled=compiled,
     )
 
 

@@ -20,14 +20,18 @@ class Shards:
     """How the leaves of a state are cut: into `count` pieces along one mesh axis.
 
     Attributes:
-        axis: The mesh axis, or None outside `shard_map`, where nothing is cut.
+        axis: The mesh axis; None where nothing is cut, as outside `shard_map`.
         count: The size of that axis.
         exact: False lets float sums be taken as they come.
+        grouped: Whether a group of devices holds each piece, of which the compiler cuts
+            some dims. These must not be merged with others, and all groups must do the
+            same: what the compiler lets devices exchange may need all of them.
     """
 
     axis: str | None = None
     count: int = 1
     exact: bool = True
+    grouped: bool = False
 
     def piece(self, size: int) -> int:
         """Returns the physical size of one piece of a dim of `size`."""

@@ -13,6 +13,7 @@ import jax
 from jax import Array
 
 from shardkit.errors import PartitionError
+from shardkit.keys import is_key_dtype
 from shardkit.layout import LeafLayout
 from shardkit.tree import map_named
 
@@ -101,21 +102,25 @@ def find_place(
 def with_axes(
     layout: TrainState, params: Mapping[Place, Any], model_state: Mapping[Place, Any]
 ) -> TrainState:
-    """Notes the logical axes of parameters, and of what has a parameter's place.
+    """Notes what parameters are annotated with, and what has a parameter's place.
 
     Args:
         layout: A state of `LeafLayout`.
-        params: Names, by the path and shape of parameters.
+        params: Logical axes, and what the axes of a group cut, by the path and shape of
+            parameters.
         model_state: Likewise, of the model's state.
     """
 
+    def note_leaf(leaf: LeafLayout, table: Mapping[Place, Any]) -> LeafLayout:
+        axes, group = find_place(leaf.path, leaf.shape, table, (None, ()))
+        # An update may leave cut along `fsdp` what its parameter has elsewhere.
+        group = tuple((axis, dim) for axis, dim in group if dim != leaf.dim)
+        # A key's words stay together.
+        group = () if is_key_dtype(leaf.dtype) else group
+        return dataclasses.replace(leaf, axes=axes, group=group)
+
     def note(part: Any, table: Mapping[Place, Any]) -> Any:
-        return jax.tree.map(
-            lambda leaf: dataclasses.replace(
-                leaf, axes=find_place(leaf.path, leaf.shape, table)
-            ),
-            part,
-        )
+        return jax.tree.map(lambda leaf: note_leaf(leaf, table), part)
 
     noted = note(layout.model_state, model_state)
     return dataclasses.replace(note(layout, params), model_state=noted)

@@ -2,8 +2,9 @@
 
 Owns the decision which dim of every leaf is cut along `fsdp`: parameters and the
 model's state by their annotations, the optimizer's state by what its own update does.
-Invariant: the decision depends on the run alone, so that every mesh of the run cuts
-the same dims.
+The axes of a group cut parameters by their annotations too, and what has a parameter's
+place like it; what else an update keeps is whole in a group. Invariant: the decision
+depends on the run alone, so that every mesh of the run cuts the same dims.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from shardkit.inexact import check_operations
 from shardkit.keys import is_key_dtype
 from shardkit.localize import Localizer
 from shardkit.logical_axes import AxisRules, check_rules, sharded_dims
+from shardkit.mesh import GROUP_AXES
 from shardkit.model_state import split_variables, unused_combine
 from shardkit.recipe import Recipe, update_arguments
 from shardkit.shards import Shards
@@ -86,7 +88,8 @@ def lay_out(
     _check_dtypes(said[0], abstract.params)
     param_dims = _dims(abstract.params, said[0], axis_rules, strict)
     state_dims = _dims(abstract.model_state, said[1], axis_rules, strict)
-    cuts = dict(zip(map(_place, said[0]), jax.tree.leaves(param_dims), strict=True))
+    places = _places(abstract.params)
+    cuts = dict(zip(places, jax.tree.leaves(param_dims), strict=True))
     dims = dataclasses.replace(
         jax.tree.map(lambda _: -1, abstract),
         params=param_dims,
@@ -98,15 +101,29 @@ def lay_out(
         model_state=state_dims,
     )
     dims, localizer = _settle(recipe, abstract, dims)
+    noted = [[(x.names, _group(x, axis_rules)) for x in part] for part in said]
     layout = with_axes(
         make_layout(abstract, dims),
-        *({_place(x): x.names for x in part} for part in said),
+        dict(zip(places, noted[0], strict=True)),
+        dict(zip(_places(abstract.model_state), noted[1], strict=True)),
     )
     return StateLayout(layout, warnings + unused, localizer)
 
 
-def _place(leaf: LeafAxes) -> Place:
-    return leaf.path, leaf.shape
+def _places(part: Any) -> list[Place]:
+    """Lists the leaves of a part of the state as the state has them.
+
+    Annotations name them as users do: a variable's value like the variable.
+    """
+    places = map_named(lambda path, x: (path, tuple(x.shape)), part)
+    return jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _group(leaf: LeafAxes, rules: AxisRules) -> tuple[tuple[str, int], ...]:
+    """Returns which dims of a leaf the axes of a group cut."""
+    args = [leaf.path], [leaf.shape], [leaf.names], rules
+    dims = {axis: sharded_dims(*args, axis=axis)[0] for axis in GROUP_AXES}
+    return tuple((axis, dim) for axis, dim in dims.items() if dim >= 0)
 
 
 def _dims(part: Any, said: list[LeafAxes], rules: AxisRules, strict: bool) -> Any:

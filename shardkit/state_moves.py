@@ -132,10 +132,9 @@ def laid_out(leaves: Sequence[LeafLayout], places: Places) -> dict[str, Layout]:
     known: dict[Any, Layout] = {}
     found = {}
     for leaf in leaves:
-        key = leaf.shape, leaf.dtype, leaf.dim
-        if key not in known:
-            known[key] = Layout.of_leaf(leaf, places)
-        found[leaf.path] = known[key]
+        if leaf.kind not in known:
+            known[leaf.kind] = Layout.of_leaf(leaf, places)
+        found[leaf.path] = known[leaf.kind]
     return found
 
 

@@ -42,12 +42,12 @@ class State:
 
 
 def random_state(shapes, seed=0):
-    """Leaves of `(shape, dtype, dim)`."""
+    """Leaves of `(shape, dtype, dim)`, and perhaps what the axes of a group cut."""
     rng, layout, words = np.random.default_rng(seed), {}, {}
-    for i, (shape, dtype, dim) in enumerate(shapes):
+    for i, (shape, dtype, dim, *group) in enumerate(shapes):
         path = f"leaf{i}"
         found = jax.random.key(0).dtype if dtype == "key" else jnp.dtype(dtype)
-        layout[path] = leaf = LeafLayout(path, shape, found, dim)
+        layout[path] = leaf = LeafLayout(path, shape, found, dim, None, *group)
         words[path] = random_bits(rng, raw_leaf(leaf))
     return State(layout, words)
 
@@ -65,14 +65,15 @@ def random_bits(rng, leaf):
     return data.view(dtype).reshape(leaf.shape)
 
 
-def mesh_of(num_devices, data=1):
-    return sk.MeshSpec(data=data, fsdp=-1).build(jax.devices()[:num_devices])
+def mesh_of(num_devices, data=1, **group):
+    mesh = sk.MeshSpec(data=data, fsdp=-1, **group)
+    return mesh.build(jax.devices()[:num_devices])
 
 
 def staging_program(layout, mesh):
     """How a state is copied, and what does it."""
     staging = Staging(layout, mesh)
-    specs = jax.tree.map(lambda leaf: leaf.spec, layout)
+    specs = jax.tree.map(lambda leaf: leaf.spec_on(mesh.shape), layout)
     copy = jax.shard_map(
         staging.copy,
         mesh=mesh,

@@ -305,6 +305,7 @@ def configs(draw):
         ),
         mesh=MeshSection(data=draw(positive), fsdp=-1),
         axis_rules=draw(st.dictionaries(text, text, max_size=3)),
+        path_rules=draw(st.dictionaries(text, st.lists(text), max_size=3)),
         train=TrainSection(steps=draw(positive), ema=draw(st.none() | st.just(0.5))),
         checkpoint=CheckpointSection(every=draw(positive)),
         snapshot=SnapshotSection(every=draw(st.integers(0, 9))),

@@ -12,9 +12,10 @@ import pytest
 import shardkit as sk
 from models import gpt, moe
 from shardkit.errors import ConfigError
-from shardkit.planner.compiled_peak import compiled_peak_bytes
+from shardkit.planner.compiled_peak import compile_microbatch
 from shardkit.planner.cost import predict
-from shardkit.planner.memory import memory, state_exchanges
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
+from shardkit.planner.memory import memory
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.placement_model import StateBytes
 from shardkit.planner.profile import load_profile, profile_names
@@ -83,10 +84,11 @@ def compare(name, mesh, num_devices, *, exact=True, tx="adamw", num_microbatches
     microbatch = {"tokens": jax.ShapeDtypeStruct((rows, length + 1), np.int32)}
     facts = read_model(model, microbatch, optimizer)
     meshes = Meshes.of(mesh.sizes(num_devices), num_microbatches)
-    peak = compiled_peak_bytes(model, microbatch)
-    asked = dataclasses.replace(facts, peak_bytes=peak)
+    peak = compile_microbatch(model, microbatch, facts).peak_bytes
+    asked = facts.with_peak({}, peak)
     total = [sum(memory(x, meshes, exact=exact).values())[0] for x in (facts, asked)]
     exchanges = collections.Counter()
+    assert not any(x.num_bytes for x in microbatch_exchanges(facts, meshes))
     for x in state_exchanges(facts, meshes, exact=exact):
         if x.axis in ("data", "fsdp"):
             exchanges[x.kind, x.state == "peaks"] += int(x.num_bytes[0])

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from models import gpt
 from shardkit.errors import ConfigError
-from shardkit.mesh import MeshSpec
+from shardkit.mesh import MeshSpec, consistency_class
 from shardkit.microbatch import Grid
-from shardkit.planner.choice import consistency_class
 from shardkit.planner.cost import predict
 from shardkit.planner.elastic_choice import choose_next
 from shardkit.planner.meshes import Meshes, Topology

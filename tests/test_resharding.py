@@ -25,6 +25,15 @@ LEAVES = [
     LeafLayout("whole", (4, 3), np.dtype("float32"), -1),
     LeafLayout("step", (), np.dtype("int32"), -1),
 ]
+# Where a group of devices computes together, its axes cut what they divide.
+GROUPED = [
+    LeafLayout("up", (5, 4), np.dtype("float32"), 0, group=(("tensor", 1),)),
+    LeafLayout("down", (4, 6), np.dtype(jnp.bfloat16), 1, group=(("tensor", 0),)),
+    LeafLayout("bias", (6,), np.dtype("float16"), -1, group=(("tensor", 0),)),
+    LeafLayout(
+        "experts", (4, 3, 8), np.dtype("int8"), 1, group=(("expert", 0), ("tensor", 2))
+    ),
+]
 
 
 def truth_of(leaf):
@@ -77,20 +86,17 @@ def bits(x):
 
 def check(leaf, array, mesh):
     """Compares what every device holds with the truth, bit by bit."""
-    count = mesh.shape["fsdp"]
+    shape = leaf.physical_shape(mesh.shape["fsdp"])
     assert array.sharding == leaf.sharding(mesh)
-    assert array.shape == leaf.physical_shape(count)
+    assert array.shape == shape
     assert array.dtype == leaf.dtype
     truth = truth_of(leaf)
-    for index, device in np.ndenumerate(mesh.devices):
-        [held] = [s.data for s in array.addressable_shards if s.device == device]
-        expected = truth
-        if leaf.dim >= 0:
-            start, stop = leaf.interval(index[1], count)
-            rows = (slice(None),) * leaf.dim
-            expected = truth[(*rows, slice(start, stop))]
-            held = np.asarray(held)[(*rows, slice(0, stop - start))]
-        assert bits(held) == bits(expected), (leaf.path, device)
+    where = array.sharding.devices_indices_map(shape)
+    for shard in array.addressable_shards:
+        # A slice of the truth ends where padding begins.
+        expected = truth[where[shard.device]]
+        held = np.asarray(shard.data)[tuple(slice(0, n) for n in expected.shape)]
+        assert bits(held) == bits(expected), (leaf.path, shard.device)
     assert bits(to_host(array, leaf)) == bits(truth)
 
 
@@ -110,6 +116,26 @@ def test_any_mesh_to_any_mesh_keeps_every_bit(old, new, keep):
     tree = [place(leaf, old) for leaf in LEAVES]
     moved = move_state(tree, LEAVES, old, new, keep_source=keep)
     for leaf, array in zip(LEAVES, moved.tree, strict=True):
+        check(leaf, array, new)
+
+
+AXES = st.sampled_from(["data", "fsdp", "tensor", "expert"])
+grouped_meshes = st.builds(
+    lambda axes, first: MeshSpec(
+        **{axis: 2 ** axes.count(axis) for axis in ("data", "fsdp", "tensor", "expert")}
+    ).build(jax.devices()[first % (9 - 2 ** len(axes)) :][: 2 ** len(axes)]),
+    st.lists(AXES, max_size=3),
+    st.integers(0, 7),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(old=grouped_meshes, new=meshes | grouped_meshes, turn=st.booleans())
+def test_groups_of_any_size_to_any_other_keep_every_bit(old, new, turn):
+    old, new = (new, old) if turn else (old, new)
+    leaves = [*LEAVES[:3], *GROUPED]
+    moved = move_state([place(leaf, old) for leaf in leaves], leaves, old, new)
+    for leaf, array in zip(leaves, moved.tree, strict=True):
         check(leaf, array, new)
 
 

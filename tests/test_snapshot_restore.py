@@ -48,6 +48,26 @@ def test_a_snapshot_comes_back_on_any_mesh(shapes, old, new, seed):
             )
 
 
+@pytest.mark.parametrize(
+    "group", [{"tensor": 2}, {"tensor": 4, "expert": 2}, {"expert": 3}]
+)
+def test_a_snapshot_of_groups_comes_back_on_any_mesh(group):
+    tensor, expert = ("tensor", 1), ("expert", 0)
+    shapes = [
+        ((5, 4), "float32", 0, (tensor,)),
+        ((6, 8), "bfloat16", -1, (tensor, expert)),
+        ((12,), "int8", -1, (expert,)),
+        ((3, 5), "float32", 1, ()),
+    ]
+    state = random_state(shapes)
+    size = np.prod(list(group.values()))
+    old = mesh_of(8 // size * size, **group)
+    store = take(state, old)
+    for mesh in (old, mesh_of(6, tensor=2), mesh_of(8, 2, expert=2), mesh_of(3)):
+        found = restore(store.images(3), state.layout, mesh)
+        same_words(found, state, mesh.shape["fsdp"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_state_of_every_problem_comes_back(name, compile_cache):

@@ -19,6 +19,7 @@ from shardkit.command import (
     calibrate_verb,
     chaos_verb,
     diff_verb,
+    explain_verb,
     export_verb,
     import_verb,
     inspect_verb,
@@ -28,6 +29,7 @@ from shardkit.command import (
     remap_verb,
     report_verb,
     status_verb,
+    suggest_verb,
     verify_verb,
 )
 from shardkit.command.output import Output, clean
@@ -46,6 +48,8 @@ _VERBS = {
 }
 _COMMANDS = {
     "plan": plan_verb,
+    "suggest": suggest_verb,
+    "explain": explain_verb,
     "calibrate": calibrate_verb,
     "launch": launch_verb,
     "status": status_verb,
@@ -80,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with _listening(output, ended):
             arguments = _parser().parse_args(argv)
-            if arguments.command in ("ckpt", "plan"):
+            if arguments.command in ("ckpt", "plan", "suggest"):
                 # Files are read, digests computed and shapes followed on the host;
                 # what a launch starts is to find its accelerators.
                 os.environ.setdefault("JAX_PLATFORMS", "cpu")

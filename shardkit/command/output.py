@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -66,6 +67,15 @@ class Output:
     def note(self, text: str) -> None:
         """Writes a line beside what is asked for."""
         self._errors.print(Text(clean(text), style="dim"), soft_wrap=True)
+
+    def prose(self, text: str) -> None:
+        """Writes a sentence, on a terminal without breaking words."""
+        lines = [text]
+        if self.console.is_terminal:
+            width = self.console.width - 2
+            lines = textwrap.wrap(clean(text), width, break_on_hyphens=False)
+        for line in lines:
+            self.line(f"  {line}", style="dim")
 
     @property
     def is_narrow(self) -> bool:

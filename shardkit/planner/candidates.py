@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from shardkit.mesh import GROUP_AXES
 from shardkit.planner.meshes import Meshes
-from shardkit.planner.model_facts import INNER_AXES
 from shardkit.planner.quotas import Quotas
 
 __all__ = ["divisors", "inner_sizes", "outer_meshes"]
@@ -50,11 +50,11 @@ def inner_sizes(
     """
     options = [
         (fixed[axis],) if axis in fixed else divisors(limits.get(axis, 1))
-        for axis in INNER_AXES
+        for axis in GROUP_AXES
     ]
     for sizes in itertools.product(*options):
         if math.prod(sizes) <= num_devices:
-            yield dict(zip(INNER_AXES, sizes, strict=True))
+            yield dict(zip(GROUP_AXES, sizes, strict=True))
 
 
 def outer_meshes(

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardkit.errors import ConfigError
-from shardkit.mesh import MESH_AXES, MeshSpec
+from shardkit.mesh import GROUP_AXES, MESH_AXES, MeshSpec
 from shardkit.planner.meshes import Meshes, Topology
+from shardkit.words import format_mesh
 
-__all__ = ["Choice", "Plan", "consistency_class", "make_plan"]
+__all__ = ["Choice", "Plan", "make_plan"]
 
 _NUM_TOO_LARGE = 3
-_EQUAL = ("tensor", "expert", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,23 +130,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def consistency_class(old: Mapping[str, int], new: Mapping[str, int]) -> str:
-    """Whether a run keeps its bits from one mesh to another.
-
-    Args:
-        old: Mesh axis → size.
-        new: Likewise.
-
-    Example:
-        >>> consistency_class({"data": 8}, {"data": 3})
-        'exact'
-        >>> consistency_class({"tensor": 2}, {"tensor": 4})
-        'equivalent'
-    """
-    same = all(old.get(axis, 1) == new.get(axis, 1) for axis in _EQUAL)
-    return "exact" if same else "equivalent"
-
-
 def make_plan(
     fitting: Sequence[Choice],
     large: Sequence[Choice],
@@ -172,7 +155,7 @@ def make_plan(
     if not fitting:
         raise ConfigError(_nothing_fits(large, topology, limit_bytes))
     best, *rest = fitting
-    inner = math.prod(best.sizes[axis] for axis in _EQUAL)
+    inner = math.prod(best.sizes[axis] for axis in GROUP_AXES)
     groups = best.num_devices // inner
     counts = found.quotas[inner].counts(best.num_microbatches, groups)
     faster = [choice for choice in large if choice.total_s < best.total_s]
@@ -181,7 +164,10 @@ def make_plan(
     if idle:
         why = "no mesh of all of them fits"
         if whole is not None:
-            why = f"with all of them, {whole}: {_why_slower(best, whole, topology)}"
+            same = (whole.num_microbatches, whole.remat, whole.offload)
+            is_alike = same == (best.num_microbatches, best.remat, best.offload)
+            other = format_mesh(whole.sizes) if is_alike else whole
+            why = f"with all of them, {other}: {_why_slower(best, whole, topology)}"
         notes.append(f"{idle} of {topology.num_devices} devices stay idle; {why}")
     if len(set(counts)) > 1:
         notes.append(
@@ -206,7 +192,7 @@ def _why_slower(best: Choice, other: Choice, topology: Topology) -> str:
         part: other.time_s.get(part, 0.0) - best.time_s.get(part, 0.0)
         for part in {**best.time_s, **other.time_s}
     }
-    parts["moving"] = other.extra_s - best.extra_s
+    parts["moving, spread over the steps that are left,"] = other.extra_s - best.extra_s
     part = max(parts, key=lambda name: parts[name])
     ratio = _ratio(best, other)
     if parts[part] <= 0 or other.total_s <= best.total_s:

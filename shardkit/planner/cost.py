@@ -16,19 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from shardkit.planner.memory import (
-    BUCKET_BYTES,
-    memory,
-    state_bytes,
-    state_exchanges,
-)
+from shardkit.mesh import GROUP_AXES
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
+from shardkit.planner.memory import BUCKET_BYTES, memory, state_bytes
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import ALONE, HardwareProfile
 
 __all__ = ["Costs", "predict"]
 
-_SENT = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
 # Larger pieces of memory go back to the system when they are free, and are mapped anew:
 # glibc's largest threshold for that (mallopt, M_MMAP_THRESHOLD).
 _KEPT_BYTES = 32 << 20
@@ -184,15 +180,12 @@ def _sent(axis: str, facts: ModelFacts, meshes: Meshes, exact: bool) -> tuple[An
         if exchange.axis == axis:
             num_bytes = num_bytes + exchange.sent_bytes
             calls = calls + np.ceil(exchange.num_bytes / BUCKET_BYTES)
-    if axis not in INNER_AXES:
+    if axis not in GROUP_AXES:
         return num_bytes, calls
-    n = meshes.sizes[axis]
-    for (kind, over, axes), amount in facts.work.exchanges.items():
-        if over == axis:
-            count = math.prod(meshes.sizes[a] for a in axes)
-            part = _SENT[kind] * amount / count * (n - 1) / n
-            num_bytes = num_bytes + meshes.rounds * part
-    return num_bytes, calls + meshes.rounds * facts.work.calls[axis]
+    for exchange in microbatch_exchanges(facts, meshes, exact=exact):
+        if exchange.axis == axis:
+            num_bytes = num_bytes + meshes.rounds * exchange.sent_bytes
+    return num_bytes, calls + meshes.rounds * facts.work.calls(axis)
 
 
 def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:

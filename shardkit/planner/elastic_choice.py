@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from shardkit.errors import ConfigError
-from shardkit.mesh import MESH_AXES
-from shardkit.planner.choice import Choice, Plan, consistency_class
+from shardkit.mesh import GROUP_AXES, MESH_AXES, consistency_class
+from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.memory import state_bytes
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.model_facts import INNER_AXES, ModelFacts
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.search import Job, search
 
@@ -71,7 +71,7 @@ def move_s(
     kept = state_bytes(facts, meshes)
     piece = sum(kept.values())
     alike = np.ones(len(meshes), bool)
-    for axis in ("fsdp", *INNER_AXES):
+    for axis in ("fsdp", *GROUP_AXES):
         alike &= meshes.sizes[axis] == old.get(axis, 1)
     # Copies that lost no device go on with what they have.
     has_all = alike & (meshes.sizes["data"] <= old.get("data", 1) - num_lost)
@@ -91,6 +91,7 @@ def choose_next(
     remaining_steps: int,
     num_lost: int = 0,
     memory_limit_bytes: float | None = None,
+    min_devices: int = 1,
 ) -> ElasticPlan:
     """Chooses the mesh with which the run is done soonest.
 
@@ -106,6 +107,7 @@ def choose_next(
         remaining_steps: How many steps there still are.
         num_lost: How many devices of the old mesh are gone.
         memory_limit_bytes: As in `search`.
+        min_devices: Likewise.
 
     Raises:
         ConfigError: If no mesh fits, or nothing is left to do.
@@ -126,6 +128,7 @@ def choose_next(
         topology,
         profile,
         memory_limit_bytes=memory_limit_bytes,
+        min_devices=min_devices,
         extra_s=extra_s,
     )
     return ElasticPlan(

@@ -16,6 +16,7 @@ import numpy as np
 from shardkit.events import EventLog
 from shardkit.layout import LeafLayout
 from shardkit.mesh import MeshSpec
+from shardkit.mesh_choice import FixedMesh
 from shardkit.model import Model
 from shardkit.placements import Placements
 from shardkit.recipe import Recipe
@@ -77,7 +78,7 @@ class TimedStep:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
         spec = MeshSpec(**{"data": 1, "fsdp": 1, **sizes})
         placements = Placements(
-            recipe, layout, spec, pool, like, like, EventLog(), Waiter()
+            recipe, layout, FixedMesh(spec), pool, like, like, EventLog(), Waiter()
         )
         self._batch, self._placement = batch, placements.on(num)
         self._placement.compile()

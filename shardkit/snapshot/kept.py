@@ -34,7 +34,9 @@ def image_layout(staging: Staging, store: Store) -> ImageLayout:
         tuple(host_of[process] for process in processes),
     )
     leaves = [
-        SnapshotLeaf(leaf.path, leaf.shape, np.dtype(leaf.dtype).name, leaf.dim)
+        SnapshotLeaf(
+            leaf.path, leaf.shape, np.dtype(leaf.dtype).name, leaf.dim, leaf.group
+        )
         for leaf in staging.leaves
     ]
     me = jax.process_index()

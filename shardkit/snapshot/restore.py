@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from shardkit.errors import DamagedError, LostStateError, RestoreError, TornError
 from shardkit.keys import is_key_dtype
 from shardkit.layout import SHARD_AXIS, Box, Layout, LeafLayout
+from shardkit.mesh import GROUP_AXES
 from shardkit.places import Medium, Places
 from shardkit.snapshot.image import Image
 from shardkit.state_moves import laid_out, raw_leaf
@@ -63,12 +64,14 @@ def restore(
     raw = [raw_leaf(leaf) for leaf in wanted]
     _check(images, raw)
     saved = images[0].layout
-    count = dict(zip(saved.mesh.axes, saved.mesh.shape, strict=True))[SHARD_AXIS]
+    sizes = dict(zip(saved.mesh.axes, saved.mesh.shape, strict=True))
     # Along other axes devices held the same, of which one image has one.
-    grid = Places((SHARD_AXIS,), range(count), 0, Medium.HOST)
-    dims = {leaf.path: leaf.dim for leaf in saved.leaves}
+    axes = [axis for axis in (SHARD_AXIS, *GROUP_AXES) if axis in sizes]
+    shape = [sizes[axis] for axis in axes]
+    grid = Places(axes, np.arange(math.prod(shape)).reshape(shape), 0, Medium.HOST)
+    cuts = {leaf.path: {"dim": leaf.dim, "group": leaf.group} for leaf in saved.leaves}
     source = laid_out(
-        [dataclasses.replace(leaf, dim=dims[leaf.path]) for leaf in raw], grid
+        [dataclasses.replace(leaf, **cuts[leaf.path]) for leaf in raw], grid
     )
     pieces = _Pieces(images, host)
     pieces.check(source)
