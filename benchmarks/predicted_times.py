@@ -257,6 +257,7 @@ def make_rows(workload, profile, times, beside):
             {
                 "workload": workload.name,
                 "mesh": mesh or "one device",
+                "sizes": sizes,
                 "ratio": statistics.median(ratios),
                 "ratio_interval": interval(ratios),
                 "seconds": seconds,
@@ -287,6 +288,22 @@ def report(rows, workloads, facts, out):
         out.write_text(json.dumps({**facts, "rows": rows}, indent=1))
 
 
+def again(path, work, profile_name):
+    """Predicts anew what was measured before, by the profile of then or another."""
+    from shardkit.planner.profile import load_profile, read_profile
+
+    found = json.loads(path.read_text())
+    profile = read_profile(found["profile"], str(path))
+    profile = load_profile(profile_name) if profile_name else profile
+    rows = found["rows"]
+    workloads = {workload.name: workload for workload in work}
+    for row in rows:
+        row["parts_s"] = workloads[row["workload"]].predict(row["sizes"], profile)
+        row["predicted_s"] = sum(row["parts_s"].values())
+    print(found["machine"])
+    show(rows, list(dict.fromkeys(row["workload"] for row in rows)))
+
+
 def get_profile(arguments, devices):
     """Returns a profile and its table, measured now unless one is given."""
     from shardkit.planner.calibrator import calibrate, guess_base
@@ -310,6 +327,7 @@ def main():
     parser.add_argument("--profile", help="measured before; else calibrated now")
     parser.add_argument("--only", default="", help="workloads with this in their name")
     parser.add_argument("--out", type=Path, help="all that was found, as JSON")
+    parser.add_argument("--again", type=Path, help="such a file: only predict anew")
     parser.add_argument("--cache", help="where compiled programs are kept")
     arguments = parser.parse_args()
     os.environ.setdefault("PJRT_NPROC", str(max(8, arguments.devices)))
@@ -326,11 +344,14 @@ def main():
     platform = jax.default_backend()
     limit_s = arguments.limit_s or LIMIT_S[platform]
     machine = f"{common.describe_machine()}, {os.cpu_count()} cores"
-    print(machine, flush=True)
     devices = jax.devices()[: arguments.devices]
-    profile, table = get_profile(arguments, devices)
     make = functools.partial(Workload, on_cpu=platform == "cpu", num=len(devices))
     work = CPU_WORK if platform == "cpu" else GPU_WORK
+    if arguments.again:
+        again(arguments.again, map(make, work), arguments.profile)
+        return
+    print(machine, flush=True)
+    profile, table = get_profile(arguments, devices)
     anchor = make(work[0]).step({"data": 1})
     rows, done, longest_s = [], [], 0.0
     for workload in map(make, work):

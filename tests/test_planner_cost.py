@@ -212,14 +212,6 @@ def test_devices_that_share_cores_do_not_compute_faster_together(facts):
     costs = predict(facts, meshes, profile, topology)
     time_s = costs.time_s
     assert time_s["packing"][1] == pytest.approx(8 * time_s["packing"][0])
-    # What it has before and after a step is not given to it anew.
-    fresh = costs.memory_bytes - sum(
-        costs.memory[kind]
-        for kind in ("params", "optimizer", "model state", "batch", "other")
-    )
-    assert time_s["allocating"] == pytest.approx(
-        fresh * meshes.num_devices * profile.fresh_byte_s
-    )
     meshes = Meshes.of({"data": [1, 8]}, 8)
     other = dataclasses.replace(profile, is_shared=False)
     compute = predict(facts, meshes, other, topology).time_s["compute"]
@@ -237,6 +229,21 @@ def test_half_the_peak_is_twice_the_time(facts):
     meshes = Meshes.of({}, 4)
     times = [predict(facts, meshes, p, topology).time_s for p in (profile, slow)]
     assert times[1]["compute"] == pytest.approx(2 * times[0]["compute"])
+
+
+def test_only_large_pieces_of_memory_are_made_anew(facts):
+    profile, topology = load_profile("cpu"), Topology(8, 8)
+    meshes = Meshes.of({"data": [1, 8]}, 8)
+    assert not predict(facts, meshes, profile, topology).time_s["allocating"].any()
+    costs = predict(facts.with_rows(4096), meshes, profile, topology)
+    # What it has before and after a step is not given to it anew.
+    fresh = costs.memory_bytes - sum(
+        costs.memory[kind]
+        for kind in ("params", "optimizer", "model state", "batch", "other")
+    )
+    assert costs.time_s["allocating"] == pytest.approx(
+        fresh * meshes.num_devices * profile.fresh_byte_s
+    )
 
 
 def test_products_and_what_is_between_them_take_turns(facts):

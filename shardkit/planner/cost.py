@@ -25,6 +25,9 @@ from shardkit.planner.profile import ALONE, HardwareProfile
 
 __all__ = ["Costs", "predict"]
 
+# Larger pieces of memory go back to the system when they are free, and are mapped anew:
+# glibc's largest threshold for that (mallopt, M_MMAP_THRESHOLD).
+_KEPT_BYTES = 32 << 20
 _TEMPORARY = ("gathered", "sums", "gradient", "activations", "adding up")
 # What a step reads and writes per accumulator element of a microbatch: the gradient,
 # and each accumulator twice.
@@ -192,8 +195,9 @@ def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:
 
 
 def _fresh_bytes(kinds: Mapping[str, Any]) -> Any:
-    """What a step has only while it runs."""
-    return sum(kinds[kind] for kind in _TEMPORARY)
+    """What a step is given while it runs, if that is more than hosts keep for it."""
+    total = sum(kinds[kind] for kind in _TEMPORARY)
+    return np.where(total > _KEPT_BYTES, total, 0.0)
 
 
 def _packed_bytes(kinds: Mapping[str, Any], floats: Any, meshes: Meshes) -> Any:
