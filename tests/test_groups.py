@@ -136,10 +136,10 @@ def test_a_group_computes_what_one_device_does(name, mesh, by_one_device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", compositions(8), ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_all_compositions_compute_what_one_device_does(name, by_one_device):
-    for mesh in compositions(8):
-        assert_computes_the_same(name, mesh, by_one_device)
+def test_all_compositions_compute_what_one_device_does(name, mesh, by_one_device):
+    assert_computes_the_same(name, mesh, by_one_device)
 
 
 def losses_and_digest(trainer, steps, changes=None):
