@@ -26,7 +26,7 @@ from shardkit.model_state import split_variables, unused_combine
 from shardkit.recipe import Recipe, update_arguments
 from shardkit.shards import Shards
 from shardkit.state import Place, TrainState, find_place, make_layout, with_axes
-from shardkit.tree import format_table, map_named
+from shardkit.tree import format_table, map_named, named_leaves
 from shardkit.updates import changed_leaves, describe, refuse
 
 __all__ = ["StateLayout", "lay_out"]
@@ -115,8 +115,7 @@ def _places(part: Any) -> list[Place]:
 
     Annotations name them as users do: a variable's value like the variable.
     """
-    places = map_named(lambda path, x: (path, tuple(x.shape)), part)
-    return jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, tuple))
+    return [(path, tuple(x.shape)) for path, x in named_leaves(part)]
 
 
 def _group(leaf: LeafAxes, rules: AxisRules) -> tuple[tuple[str, int], ...]:
