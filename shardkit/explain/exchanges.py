@@ -25,6 +25,7 @@ CAUSES = {
     **PURPOSES,
     "program": "the program's own",
     "partial": "partial results added",
+    "exact": "range or exact sum of a cut array",
     "lookup": "rows looked up where they lie",
     "resharding": "resharding",
 }
@@ -45,6 +46,7 @@ _LOOKUPS = {
 _AROUND = {"shard_map", "while", "body", "cond", "closed_call", "checkpoint"}
 _INSTALLED = ("/site-packages/", "/dist-packages/", "/lib/python")
 _HOME = f"{Path(__file__).parents[2]}{os.sep}"
+_EXACT = "shardkit/exact_sum.py:"
 # What a model calls: of these the line of the call says more.
 _CALLED = ("shardkit/nn.py", "shardkit/logical_axes.py")
 
@@ -208,14 +210,17 @@ class _Reader:
         near += [x for value in values for x in flow.sources(value)]
         tellers = [told, exchange.instruction, *map(flow.instruction, near)]
         operations = (operation(x.op_name) for x in tellers)
-        frames = map(flow.module.frames, tellers)
+        frames = tuple(next(filter(None, map(flow.module.frames, tellers)), ()))
+        if cause == "partial" and place_of(frames).startswith(_EXACT):
+            # What is read there went through all microbatches, and names nothing.
+            cause, names = "exact", ()
         return Part(
             shape=shape,
             num_bytes=num_bytes,
             cause=cause,
             names=names,
             operation=next(filter(None, operations), ""),
-            frames=tuple(next(filter(None, frames), ())),
+            frames=frames,
         )
 
     def value(self, name: str) -> Value:

@@ -62,7 +62,7 @@ class ExchangeRow:
         words = CAUSES[self.cause]
         if self.cause == "partial" and self.operation in _COMPARED:
             words = "partial results compared"
-        if self.cause in ("program", "partial", "lookup", "resharding"):
+        if self.cause in ("program", "partial", "exact", "lookup", "resharding"):
             words += f" ({self.operation})" if self.operation else ""
         notes = [self.note] if self.note else []
         notes += [] if self.moves else ["groups of one: nothing is sent"]
