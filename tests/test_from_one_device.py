@@ -17,7 +17,12 @@ import pytest
 
 PAGE = Path(__file__).parents[1] / "docs" / "from-one-device.md"
 # What compiles more than a quick test can afford.
-LONG = ("## Cutting positions: context", "## A rule for CI", "## Devices come and go")
+LONG = (
+    "## What a group of two exchanges",
+    "## Cutting positions: context",
+    "## A rule for CI",
+    "## Devices come and go",
+)
 MODULES = ("net", "job")
 FORBIDDEN = 4
 END = "…\n"
@@ -145,22 +150,11 @@ def here(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def unoptimized():
-    """Compiles in less than half of the time."""
-    import jax
-
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def is_long(block):
     return block.heading in LONG or block.command[1:2] == ["explain"]
 
 
-@pytest.mark.usefixtures("compile_cache", "unoptimized", "here")
+@pytest.mark.usefixtures("compile_cache", "here")
 def test_the_page_runs_and_shows_what_is_printed(verb):
     for block, printed in run_page(lambda args: verb(args[0])(*args[1:]), is_long):
         compare(block, printed)
