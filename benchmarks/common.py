@@ -12,6 +12,7 @@ import optax
 import shardkit as sk
 from benchmarks.rivals import Rival, with_jit, with_shard_map
 from shardkit.events import EventLog
+from shardkit.mesh_choice import FixedMesh
 from shardkit.placements import Placements
 from shardkit.recipe import Recipe
 from shardkit.state_layout import lay_out
@@ -46,7 +47,7 @@ class Ours:
     """One placement of shardkit, driven without the trainer's bookkeeping."""
 
     def __init__(
-        self, model, tx, devices, batch, num_microbatches, *, exact, mesh=None
+        self, model, tx, devices, batch, num_microbatches, *, exact, mesh=None, **more
     ):
         self.recipe = Recipe(
             init=model.init,
@@ -54,6 +55,7 @@ class Ours:
             tx=tx,
             num_microbatches=num_microbatches,
             exact=exact,
+            **more,
         )
         self.layout, *_ = lay_out(self.recipe, model.axis_rules)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
@@ -61,7 +63,7 @@ class Ours:
         self.placement = Placements(
             self.recipe,
             self.layout,
-            spec,
+            FixedMesh(spec),
             devices,
             abstract,
             abstract,

@@ -5,7 +5,8 @@
 The rivals are loops by `jax.jit` with specs picked by hand: all state cut as ours
 and gathered once, and all state on every device; the better of them in each round's
 median is what shardkit is measured against. Ours runs on meshes of the devices, exact
-and fast. All are timed in turn within each round. FLOPs are those of the products of a
+and fast, and with `optimizer`, `activations` or `both` in host memory if so named
+after it. All are timed in turn within each round. FLOPs are those of products of a
 loss, three times, whatever is computed again.
 """
 
@@ -75,12 +76,15 @@ def compare(name, arguments):
     batch = common.random_tokens(rows, length, vocab)
     devices = jax.devices()[: arguments.devices]
 
-    def ours(axis, mode):
+    def ours(axis, mode, away=""):
         sizes = {"data": 1, "fsdp": 1, axis: len(devices)}
+        kept = {"offload_activations": away in ("activations", "both")}
+        of = gpt.build(scan_layers=True, compute_dtype="bfloat16", **options, **kept)
         return common.Ours(
-            *(model, common.optimizer(), devices, batch, num_microbatches),
+            *(of, common.optimizer(), devices, batch, num_microbatches),
             exact=mode == "exact",
             mesh=sk.MeshSpec(**sizes),
+            offload=away in ("optimizer", "both"),
         )
 
     runners = {what: ours(*what.split()) for what in arguments.ours.split(",")}

@@ -1,8 +1,8 @@
 """A decoder-only transformer in Flax NNX, GPT-2 and Llama being two of its settings.
 
 Owns the architecture; its options are in `gpt_config.py`. Every parameter carries
-logical axes as NNX metadata. `share_stream` and `whole_context` say how a group of
-devices shares activations; nothing else here knows of meshes. Invariants: the function
+logical axes as NNX metadata. How a group of devices shares activations is
+said in `sharing.py`; nothing here knows of meshes. Invariants: the function
 computed depends neither on `scan_layers` nor on `remat`, no gradient contains a
 scatter, and a dropout mask depends on the key and on the place in the network alone.
 Dropout acts on the embeddings and on what each sublayer adds, not on attention weights.
@@ -32,6 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import shardkit as sk
 from models.generation import sampler
 from models.gpt_config import GPTConfig, checked_config
+from models.sharing import keep_input, recomputed, share_stream, whole_context
 
 __all__ = [
     "AXIS_RULES",
@@ -43,7 +44,6 @@ __all__ = [
     "fold_in",
     "normal",
     "score",
-    "share_stream",
 ]
 
 AXIS_RULES: dict[str, str | None] = {
@@ -74,25 +74,6 @@ def _constant(config: GPTConfig, dims: Dims, value: float) -> nnx.Param:
 def fold_in(key: PRNGKeyArray | None, index: int | Array) -> PRNGKeyArray | None:
     """Derives the key of a place in the network; of no key, none."""
     return None if key is None else jax.random.fold_in(key, index)
-
-
-def share_stream(config: GPTConfig, x_BTD: FloatBTD) -> FloatBTD:
-    """Asks for rows to be cut by `expert`, and positions by `context`.
-
-    With `sequence_parallel` also `tensor` cuts positions, and norms and dropout are
-    shared too (Korthikanti et al., Reducing Activation Recomputation, 2022).
-    """
-    positions = ("context", "tensor") if config.sequence_parallel else "context"
-    return sk.constrain(x_BTD, "expert", positions, None)
-
-
-def whole_context(x_BTGK: Float[Array, "B T G K"]) -> Float[Array, "B T G K"]:
-    """Asks for keys or values of all positions, to be looked at by those of a device.
-
-    As each device then has as much attention to compute, whatever its positions, what a
-    causal mask leaves out is balanced.
-    """
-    return sk.constrain(x_BTGK, "expert", None, ..., ...)
 
 
 class Linear(nnx.Module):
@@ -303,11 +284,10 @@ class GPT(nnx.Module):
 
         def run(x_BTD, state, index):
             block = nnx.merge(graphdef, state)
-            return block(x_BTD, fold_in(key, index), may_see_B1TT)
+            return block(keep_input(x_BTD), fold_in(key, index), may_see_B1TT)
 
         if self.config.remat:
-            # Outside a scan, XLA's CSE would undo the recomputation.
-            run = jax.checkpoint(run, prevent_cse=not scan)
+            run = recomputed(run, self.config)
         if not scan:
             for index, block in enumerate(self.layers):
                 x_BTD = run(x_BTD, nnx.state(block), index + 1)

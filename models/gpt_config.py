@@ -39,6 +39,7 @@ class GPTConfig:
     tie_embeddings: bool = True  # the embedding table also makes the logits
     dropout: float = 0.0
     remat: bool = False  # compute blocks anew in the backward pass, to save memory
+    offload_activations: bool = False  # with remat: keep its inputs in host memory
     sequence_parallel: bool = False  # let `tensor` cut norms and dropout too
     scan_layers: bool = False  # stack the blocks and loop, to compile faster
     compute_dtype: DType = "float32"  # norms, softmax and loss are always float32

@@ -37,6 +37,7 @@ import shardkit as sk
 from models import gpt
 from models.generation import sampler
 from models.gpt import FloatBTD, GPTConfig
+from models.sharing import share_stream
 
 __all__ = ["Experts", "Routed", "build", "route"]
 
@@ -241,7 +242,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], list[tuple[Array, Routed]]]:
         """Computes logits, and of every layer probabilities and where tokens went."""
         x_BTD = sk.nn.embed(self.embedding[...], tokens_BT)
-        x_BTD = gpt.share_stream(self.config, x_BTD)
+        x_BTD = share_stream(self.config, x_BTD)
         x_BTD = sk.nn.dropout(x_BTD, gpt.fold_in(key, 0), self.config.dropout)
         routed = []
         for index, layer in enumerate(self.layers):

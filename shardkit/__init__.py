@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from shardkit.model import LossOutput as LossOutput
     from shardkit.model import Model as Model
     from shardkit.model_state import Variables as Variables
+    from shardkit.planner.auto_mesh import AutoMesh as AutoMesh
     from shardkit.program import Program as Program
     from shardkit.program_cache import use_program_cache as use_program_cache
     from shardkit.ramp import BatchRamp as BatchRamp
@@ -90,6 +91,7 @@ _HOMES = {
     "metrics": "StepMetrics",
     "model": "LossOutput Model",
     "model_state": "Variables",
+    "planner.auto_mesh": "AutoMesh",
     "program": "Program",
     "program_cache": "use_program_cache",
     "ramp": "BatchRamp",

@@ -18,6 +18,7 @@ from shardkit.errors import ConfigError, ShardkitError
 
 __all__ = [
     "build_batches",
+    "build_mesh",
     "build_sampler",
     "build_trainer",
     "call_factory",
@@ -228,6 +229,26 @@ def build_sampler(config: RunConfig) -> Callable[..., Any]:
     return sample
 
 
+def build_mesh(section: configs.MeshSection) -> Any:
+    """Returns the `MeshSpec` that is asked for, or the `AutoMesh`.
+
+    Raises:
+        ShardkitError: If it is none.
+    """
+    import shardkit as sk
+
+    groups = {a: getattr(section, a) for a in ("tensor", "expert", "context")}
+    if not section.auto:
+        return sk.MeshSpec(data=section.data, fsdp=section.fsdp, **groups)
+    return sk.AutoMesh(
+        axes=tuple(section.axes),
+        profile=section.profile,
+        memory_bytes=section.memory_bytes,
+        allow_equivalent=section.allow_equivalent,
+        **groups,
+    )
+
+
 def placement_rules(config: RunConfig, model: Any) -> dict[str, Any]:
     """Returns `axis_rules`, the model's with the config's over them, and `path_rules`.
 
@@ -304,7 +325,7 @@ def build_trainer(
         eval_loss=model.eval_loss,
         tx=build_optimizer(config.optimizer, params, config.data.ramp),
         data=train,
-        mesh=sk.MeshSpec(**configs.to_dict(config)["mesh"]),
+        mesh=build_mesh(config.mesh),
         combine=model.combine,
         **placement_rules(config, model),
         num_microbatches=config.data.ramp,
@@ -321,6 +342,7 @@ def build_trainer(
         ema=config.train.ema,
         loss_scale=_loss_scale(config.train.loss_scale),
         noise_scale=config.train.noise_scale,
+        offload=config.train.offload,
         strict=config.train.strict,
         standby=config.train.standby,
         standby_counts=config.train.standby_counts,

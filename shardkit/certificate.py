@@ -1,8 +1,9 @@
 """Whether a change of devices altered bits.
 
 Owns which placements are known to compute the same bits, and what follows if two do
-not. Invariant: a difference is never passed over in silence. What is compared, and
-where the run stands then, is the controller's business.
+not. Invariants: a difference is never passed over in silence; steps of which the bits
+may differ are not compared, and nothing is certified of them but that the state was
+moved as it was. Where the run stands then is the controller's business.
 """
 
 from collections.abc import Callable
@@ -25,19 +26,20 @@ class Certificates:
     """The certificates of a run.
 
     Args:
-        when: `"always"`, `"first"` (the first use of a placement) or `"off"`.
+        when: `"always"`, `"first"` (two placements for the first time) or `"off"`.
         stop_on_failure: Whether one that fails ends the run.
         events: Where it is told if not.
     """
 
     def __init__(self, when: str, *, stop_on_failure: bool, events: EventLog) -> None:
         self._when, self._stops, self._events = when, stop_on_failure, events
-        self._trusted: set[Any] = set()
+        # Of each set, all compute the same bits.
+        self._trusted: list[set[Any]] = []
 
-    def are_wanted(self, placement: Placement) -> bool:
-        """Whether a change to a placement is to be certified."""
+    def are_wanted(self, old: Placement, new: Placement) -> bool:
+        """Whether a change from one placement to another is to be certified."""
         if self._when == "first":
-            return _key(placement) not in self._trusted
+            return not any({_key(old), _key(new)} <= alike for alike in self._trusted)
         return self._when == "always"
 
     def judge(
@@ -60,8 +62,10 @@ class Certificates:
             CertificateError: If bits differ, and the run is to stop.
         """
         if not differing:
-            sides = transition.old.at(step), transition.new.at(step)
-            self._trusted |= {_key(placement) for placement in sides}
+            alike = {_key(transition.old.at(step)), _key(transition.new.at(step))}
+            met = [known for known in self._trusted if known & alike]
+            self._trusted = [known for known in self._trusted if known not in met]
+            self._trusted.append(alike.union(*met))
             return
         goes_on = not self._stops
         error = transition.failure(differing, step, goes_on=goes_on, is_past=is_past)
@@ -87,17 +91,17 @@ class Certificates:
             get_batch: Step → global batch.
 
         Returns:
-            Whether the bits are the same; None if that was not asked for, or there is
-            nothing to compute them from.
+            Whether the bits are the same; None if that was not asked for or promised,
+            or there is nothing to compute them from.
 
         Raises:
             CertificateError: If they differ, and the run is to stop.
         """
-        if not snapshots.has(step):
+        if transition.consistency != "exact" or not snapshots.has(step):
             return None
         # It may have been the last one of another phase.
         placement = transition.new.at(step)
-        if not self.are_wanted(placement):
+        if not self.are_wanted(transition.old.at(step), placement):
             return None
         with transition.phase("compile"):
             placement.compile()
@@ -122,8 +126,9 @@ class Certificates:
 
 
 def _key(placement: Placement) -> Any:
-    # With another grid the step is another program.
-    return device_ids(placement.mesh), placement.grid.num_microbatches
+    # With other sizes, or another grid, the step is another program.
+    mesh = placement.mesh
+    return device_ids(mesh), mesh.devices.shape, placement.grid.num_microbatches
 
 
 def compare_moved(
@@ -139,6 +144,7 @@ def compare_moved(
     differing = differences(found, wanted, {}, {})
     if differing:
         raise transition.bad_move(differing, step)
+    transition.move_certified = True
 
 
 def compute_both(

@@ -126,6 +126,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
     for flag, (key, metavar, text) in _FLAGS.items():
         parser.add_argument(f"--{flag}", metavar=metavar, help=f"{text} [{key}]")
     parser.add_argument(
+        "--mesh",
+        choices=["auto"],
+        help="has the mesh chosen, whatever the config says of it [mesh.auto]",
+    )
+    parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
@@ -182,6 +187,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         for flag, (key, _, _) in _FLAGS.items()
         if getattr(found, flag) is not None
     ]
+    if found.mesh == "auto":
+        chosen = {"auto": "true", "data": "1", "fsdp": "-1"}
+        flags += [Override(f"mesh.{k}", x, "--mesh") for k, x in chosen.items()]
     return Arguments(
         path=found.config,
         config=configs.load(found.config, [*overrides, *flags]),

@@ -25,6 +25,7 @@ from shardkit.localize import Localizer
 from shardkit.mesh import BATCH_AXES, group_size
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
+from shardkit.offload import put_away, take_back
 from shardkit.recipe import Recipe, update_arguments
 from shardkit.rounding import opaque_zero
 from shardkit.shards import Shards
@@ -85,7 +86,16 @@ class DeviceWork:
         """Makes that of one step: `(state, slots, root) → (state, metrics)`."""
         whole, slots = PartitionSpec(), PartitionSpec(BATCH_AXES)
         specs = (self.specs, slots, whole), (self.specs, whole)
-        return self._spmd(self._step, *specs)
+        run = self._spmd(self._step, *specs)
+        if not self.recipe.offload:
+            return run
+
+        def step(state: TrainState, slots: Any, root: PRNGKeyArray) -> Any:
+            state, metrics = run(take_back(state, *where), slots, root)
+            return put_away(state, *where), metrics
+
+        where = self.layout, self.mesh
+        return step
 
     def evaluation(self) -> Callable[..., Any]:
         """Makes that of sums: `(variables, slots, root, step, index) → sums`."""

@@ -7,7 +7,7 @@ that was. In which order the parts are done is the controller's business.
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ import numpy as np
 
 from shardkit.errors import (
     CertificateError,
+    ConfigError,
     LostStateError,
     MembershipError,
+    MeshError,
 )
 from shardkit.events import EventLog, Phase
 from shardkit.membership import Change, Membership
 from shardkit.mesh import consistency_class, mesh_sizes
 from shardkit.placement import Placement
-from shardkit.placements import choose_devices
+from shardkit.placements import Placements
 from shardkit.state import TrainState
 from shardkit.state_moves import move_state
 
@@ -33,18 +35,37 @@ def ask(
     membership: Membership,
     step: int,
     num_devices: int,
-    pool: Sequence[Any],
+    placements: Placements,
     events: EventLog,
 ) -> Change:
-    """Asks for a change; one that cannot be made is told, and the run goes on."""
+    """Asks for a change; one that cannot be made is told, and the run goes on.
+
+    Raises:
+        MeshError: If it cannot go on, as there is no mesh for the devices that are left
+            when others are lost.
+    """
     try:
         change = membership.poll(step, num_devices) or Change()
         if change.num_devices is not None:
-            choose_devices(pool, change.num_devices)
+            _check(change, step, placements)
         return change
     except MembershipError as error:
         events.emit("notice", message=f"no change of devices: {error}")
         return Change()
+
+
+def _check(change: Change, step: int, placements: Placements) -> None:
+    assert change.num_devices is not None
+    try:
+        placements.check(change.num_devices)
+    except (MeshError, ConfigError) as error:
+        if not change.lost:
+            raise MembershipError(str(error)) from error
+        raise MeshError(
+            f"step {step}: devices are lost, and there is no mesh for the "
+            f"{change.num_devices} that are left: {error} Or go on from a checkpoint "
+            "when there are enough devices again."
+        ) from error
 
 
 def differences(
@@ -74,10 +95,12 @@ class Transition:
             `time.monotonic`.
         plain_bytes: What moving takes in the plain order of the new devices; None if
             that is the order they have.
+        num_devices: How many devices there are then, if some are idle.
 
     Attributes:
-        start_s: The same.
+        start_s, num_devices: The same.
         consistency: `"exact"` if the run keeps its bits, else `"equivalent"`.
+        move_certified: Whether the state that was moved was compared with what it was.
         phases: What was done, in order.
         was_ready: Whether the program was compiled when the change came.
     """
@@ -89,10 +112,13 @@ class Transition:
         start_s: float,
         *,
         plain_bytes: int | None = None,
+        num_devices: int | None = None,
     ) -> None:
         self.old, self.new, self.start_s = old, new, start_s
+        self.num_devices = num_devices or new.num_devices
         same = consistency_class(old.mesh.shape, new.mesh.shape)
         self.consistency = same if old.recipe.exact else "equivalent"
+        self.move_certified = False
         self.phases: list[Phase] = []
         self._record("derive", start_s, time.monotonic())
         self.bytes_moved = self.plain_bytes_moved = 0
@@ -127,9 +153,14 @@ class Transition:
             LostStateError: If a part of it survives nowhere.
         """
         start_s = time.monotonic()
+        if lost and self.old.recipe.offload:
+            raise LostStateError(
+                f"devices {sorted(lost)} are lost, and what was away in their host "
+                "memory of the optimizer's state. Go on from a snapshot or checkpoint."
+            )
         try:
             moved = move_state(
-                state,
+                self.old.on_devices(state),
                 self.old.layout,
                 self.old.mesh,
                 self.new.mesh,
@@ -152,16 +183,11 @@ class Transition:
 
     def announce(self, events: EventLog, step: int) -> None:
         """Tells that it begins."""
-        counts = {
-            "from_devices": self.old.num_devices,
-            "to_devices": self.new.num_devices,
-        }
         events.begin("reconfigure", step=step)
-        told = {**counts, "consistency": self.consistency}
-        events.emit("reconfiguring", step=step, **told)
+        events.emit("reconfiguring", **self._known(step))
 
-    def report(self, step: int, certified: bool | None) -> dict[str, Any]:
-        """Describes the change, as the event `reconfigure` has it."""
+    def _known(self, step: int) -> dict[str, Any]:
+        """What is known before anything is done."""
         return {
             "step": step,
             "from_devices": self.old.num_devices,
@@ -169,11 +195,18 @@ class Transition:
             "from_mesh": mesh_sizes(self.old.mesh),
             "to_mesh": mesh_sizes(self.new.mesh),
             "consistency": self.consistency,
+        }
+
+    def report(self, step: int, certified: bool | None) -> dict[str, Any]:
+        """Describes the change, as the event `reconfigure` has it."""
+        return {
+            **self._known(step),
             "bytes_moved": self.bytes_moved,
             "plain_bytes_moved": self.plain_bytes_moved,
             "phases": [phase.record() for phase in self.phases],
             "was_ready": self.was_ready,
             "certified": certified,
+            "move_certified": self.move_certified,
         }
 
     def bad_move(self, differing: list[str], step: int) -> CertificateError:

@@ -79,10 +79,18 @@ class EventLog:
     - `"compile"`: `program` and `devices`, how many it is for; maybe in another thread.
     - `"announced"`: `step`, `from_devices`, `to_devices`. A change that waits for its
       program, or one that is taken back, `to_devices` being what there is.
+    - `"plan"`, where the mesh is chosen, before anything follows from it: `step`,
+      `num_devices`, `num_idle`, `mesh`, `step_s`, `time_s`, `memory_bytes`, `memory`,
+      `limit_bytes`, `runners_up` and `too_large` (each with `why`), `notes`,
+      `consistency` with the mesh before (None for the first), `steps_left`, `move_s`,
+      `profile`, `measured_by`.
     - `"reconfiguring"` and `"reconfigure"`, which lasts as long as the change: `step`,
-      `from_devices`, `to_devices`, and afterwards `from_mesh`, `to_mesh`,
-      `bytes_moved`, `plain_bytes_moved` (what the pool's order of devices would have
-      taken), `phases` (each as `Phase.record` gives it), `was_ready`, `certified`.
+      `from_devices`, `to_devices`, `from_mesh`, `to_mesh`, `consistency` (`"exact"`, or
+      `"equivalent"` to rounding), and afterwards `bytes_moved`, `plain_bytes_moved`
+      (what the pool's order of devices would have taken), `phases` (each as
+      `Phase.record` gives it), `was_ready`, `certified` (whether a step had the same
+      bits on both sides; None if none was compared) and `move_certified` (whether the
+      state that was moved was compared).
     - `"first_step"`: `step`. The first step after a change that did none itself, from
       its dispatch until its results are there.
     - `"snapshot"`, while the state is on its way to host memory, in a thread: `step`,

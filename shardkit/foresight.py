@@ -84,8 +84,8 @@ class Foresight:
             self._standby.expect([])
             self._num_here = 0
         # A certificate digests on both placements.
-        counts = num_devices, self._present.num_devices
-        needed = [self._placements.preparing(count) for count in counts]
+        counts = num_devices, self._placements.num_devices
+        needed = [self._placements.preparing(n) for n in counts if n is not None]
         return lambda: [prepare() for prepare in needed]
 
     def moves(self) -> None:
@@ -115,8 +115,9 @@ class Foresight:
         if self._standby is None or self._num_here != _SETTLED:
             return
         start = placement.recipe.ramp.next_start(step)
+        num_devices = self._placements.num_devices or placement.num_devices
         self._standby.look_ahead(
-            [device.process_index for device in placement.mesh.devices.flat],
+            [device.process_index for device in self._placements.devices(num_devices)],
             len(self._placements.pool),
             scripted=self.scripted,
             certain=None if start is None else placement.preparing_at(start),

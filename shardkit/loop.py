@@ -80,10 +80,11 @@ def _steps(
     due: Mapping[Callable[[], Any], int],
     probe: SpeedProbe | None,
 ) -> Iterator[StepMetrics]:
-    pool, events = controller.placements.pool, controller.events
+    placements, events = controller.placements, controller.events
+    controller.headcount.end = steps
     while controller.step < steps:
         asked, count = controller.num_asked, controller.num_devices
-        change = ask(membership, controller.step, asked, pool, events)
+        change = ask(membership, controller.step, asked, placements, events)
         if change.leave:
             raise GivenUp
         if change.halt:
@@ -92,7 +93,7 @@ def _steps(
         change = controller.next_change(change)
         wanted = change.num_devices or count
         present = controller.live and controller.live[0]
-        moves = present is not None and wanted != count
+        moves = wanted != count and controller.moves_to(wanted)
         if moves or (present is not None and not present.is_compiled):
             # Neither a move nor a compilation is a part of a step's time.
             yield from pending.flush()

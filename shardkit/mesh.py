@@ -21,7 +21,6 @@ __all__ = [
     "GROUP_AXES",
     "MESH_AXES",
     "MeshSpec",
-    "check_mesh",
     "check_no_mesh_is_set",
     "consistency_class",
     "device_ids",
@@ -194,21 +193,6 @@ def consistency_class(old: Mapping[str, int], new: Mapping[str, int]) -> str:
     """
     same = all(old.get(axis, 1) == new.get(axis, 1) for axis in GROUP_AXES)
     return "exact" if same else "equivalent"
-
-
-def check_mesh(mesh: Any) -> None:
-    """Refuses what is neither a `MeshSpec` nor None, and a mesh that JAX has been set.
-
-    Raises:
-        ConfigError: If it is something else, or another mesh is the current one.
-    """
-    check_no_mesh_is_set()
-    if not isinstance(mesh, MeshSpec | None):
-        raise ConfigError(
-            f"Trainer: mesh must be an sk.MeshSpec, found {mesh!r}. Give "
-            "sizes, such as sk.MeshSpec(data=2, fsdp=-1), of which a mesh is made on "
-            "the devices that are there."
-        )
 
 
 def check_no_mesh_is_set() -> None:

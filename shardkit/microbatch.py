@@ -81,7 +81,7 @@ class Grid:
         """The global microbatch in every slot, `max_count` slots per device.
 
         A slot that a device does not use repeats the last microbatch; it is loaded
-        and never computed.
+        and never counts.
         """
         index = self.starts[:, None] + np.arange(self.max_count)[None]
         return np.minimum(index.reshape(-1), self.num_microbatches - 1)

@@ -28,6 +28,7 @@ from shardkit.layout import LeafLayout
 from shardkit.mesh import MESH_AXES, group_size
 from shardkit.microbatch import Grid
 from shardkit.model_state import Combiner
+from shardkit.offload import check_memory, put_away, resting, take_back
 from shardkit.program import Program, in_this_context
 from shardkit.program_report import ProgramReport, report_program
 from shardkit.put import put
@@ -55,7 +56,8 @@ class Placement:
         outputs: What `Recipe.output_structure` returns for it.
         events: Where compilations are recorded.
         waiter: What waits for programs.
-        speeds: Device id → how fast it is beside the others; 1.0 if not named.
+        speeds: Device id → how fast it is beside the others; 1.0 if not named. Groups
+            of devices share evenly all the same.
         stages: Whether states are to be copied, for snapshots.
 
     Attributes:
@@ -79,12 +81,15 @@ class Placement:
         stages: bool = False,
     ) -> None:
         self._waiter = waiter
+        if recipe.offload:
+            check_memory(mesh.local_devices)
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         output, _, combiner = outputs
-        # A group is as fast as the slowest of its devices.
-        groups = mesh.devices.reshape(-1, group_size(mesh))
-        speed_of = tuple(min(speeds.get(d.id, 1.0) for d in x) for x in groups)
-        grid = Grid(recipe.num_eval_microbatches, len(groups), speed_of)
+        # Groups all make as many passes, so that fewer for one would help nobody.
+        is_even = group_size(mesh) > 1
+        speed_of = () if is_even else [speeds.get(d.id, 1.0) for d in mesh.devices.flat]
+        num_groups = mesh.size // group_size(mesh)
+        grid = Grid(recipe.num_eval_microbatches, num_groups, tuple(speed_of))
         self._make = functools.partial(Program, exact=recipe.exact, events=events)
         self._batch, self._eval_slots = batch, Slots(mesh, grid)
         self._work = work = DeviceWork(recipe, layout, mesh, grid, output, combiner)
@@ -153,12 +158,18 @@ class Placement:
     def stage(self, state: TrainState) -> list[Array]:
         """Copies a state, as `staging` says, and leaves it as it is."""
         self.compile_stage()
-        return self._stage(state)
+        return self._stage(self.on_devices(state))
+
+    def on_devices(self, state: TrainState) -> TrainState:
+        """Returns a state with all of it in the memory of devices."""
+        if not self.recipe.offload:
+            return state
+        return take_back(state, self.layout, self.mesh)
 
     def compile_stage(self) -> None:
         """Compiles what `stage` needs, where states are to be copied."""
         if self._stage is None and "stage" in self.programs:
-            self._stage = self._ready(self.programs["stage"], self._step_args()[0])
+            self._stage = self._ready(self.programs["stage"], self._state())
 
     def meet(self) -> None:
         """Lets all devices exchange something, which sets their connections up."""
@@ -216,7 +227,7 @@ class Placement:
         """Yields programs with abstract arguments, the longest to compile first."""
         yield self._step, self._step_args()
         if "stage" in self.programs:
-            yield self.programs["stage"], self._step_args()[:1]
+            yield self.programs["stage"], (self._state(),)
         if digests:
             for leaf in jax.tree.leaves(self.layout):
                 program, abstract = self._digester(leaf)
@@ -224,8 +235,18 @@ class Placement:
         if eval_batch is not None:
             yield self.programs["evaluate"], self._eval_args(eval_batch)
 
+    def _state(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+
     def _step_args(self) -> tuple[Any, ...]:
-        state = jax.tree.map(lambda leaf: leaf.physical(self.mesh), self.layout)
+        state = self._state()
+        if self.recipe.offload:
+
+            def rest(x: Any, leaf: LeafLayout) -> Any:
+                return x.update(sharding=resting(leaf, self.mesh))
+
+            away = jax.tree.map(rest, state.opt_state, self.layout.opt_state)
+            state = dataclasses.replace(state, opt_state=away)
         slots = self._slots.abstract(self._batch, self.recipe.ramp(0))
         return state, slots, self.root
 
@@ -252,6 +273,8 @@ class Placement:
         """
         self.compile()
         slots = self._slots.place(batch)
+        if self.recipe.offload:
+            state = put_away(state, self.layout, self.mesh)
         hold()
         out = self.executable(state, slots, self.root)
         if not self._has_run:
@@ -282,6 +305,7 @@ class Placement:
 
     def digest(self, state: TrainState) -> dict[str, np.ndarray]:
         """Digests every leaf where it lies; path → four sums."""
+        state = self.on_devices(state)
         leaves = zip(jax.tree.leaves(self.layout), jax.tree.leaves(state), strict=True)
         # Each is waited for: programs with collectives that do not depend on one
         # another can hold all threads of the CPU backend, each waiting for its rest.
@@ -323,4 +347,4 @@ class Placement:
                 return x
             return lax.slice_in_dim(x, 0, leaf.shape[leaf.dim], axis=leaf.dim)
 
-        return jax.tree.map(unpad, state, self.layout)
+        return jax.tree.map(unpad, self.on_devices(state), self.layout)

@@ -48,7 +48,8 @@ class SpeedProbe:
 
     Attributes:
         facts: What was measured last, as `Member.progress` takes it: `work`, how many
-            microbatches this process has in a step; `busy_s`, how long so many rounds
+            microbatches the devices of this process have in a step, each those of its
+            group; `busy_s`, how long so many rounds
             took, shared among its devices; `busy_step`, before which step. Empty until
             something was.
 
@@ -90,13 +91,17 @@ class SpeedProbe:
         jax.block_until_ready(state)
         begin_s = self._clock_s()
         step_s = (begin_s - self._last[1]) / (step - self._last[0])
+        counts = placement.grid.counts
+        groups = placement.mesh.devices.reshape(len(counts), -1)
         mine = [
             (device.id, int(count))
-            for device, count in zip(
-                placement.mesh.devices.flat, placement.grid.counts, strict=True
-            )
+            for group, count in zip(groups, counts, strict=True)
+            for device in group
             if device.id in self._loads
         ]
+        if not mine:
+            # Devices that do not fill a group stay idle.
+            return
         spent_s = self._time([id for id, _ in mine])
         # Who has nothing to do would never be seen to be quick again.
         work = max(1, sum(count for _, count in mine))

@@ -86,6 +86,7 @@ class Recipe:
         loss_scale: How the loss is scaled, or None.
         combine: Glob over paths of the model's state → one of `model_state.COMBINE`.
         noise_scale: Whether the gradient noise scale is measured.
+        offload: Whether the optimizer's state is in host memory between updates.
     """
 
     init: Callable[[Any], Any]
@@ -99,6 +100,7 @@ class Recipe:
     loss_scale: LossScale | None = None
     combine: Mapping[str, str] = dataclasses.field(default_factory=dict)
     noise_scale: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         counts = self.ramp.counts

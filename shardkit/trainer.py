@@ -26,10 +26,12 @@ from shardkit.layout import LeafLayout
 from shardkit.logical_axes import AxisRules
 from shardkit.loop import train
 from shardkit.membership import Membership, check_source, scripted
-from shardkit.mesh import MeshSpec, check_mesh
+from shardkit.mesh import MeshSpec
 from shardkit.metrics import Pending, StepMetrics
 from shardkit.microbatch import checked_speeds
 from shardkit.placements import Placements
+from shardkit.planner.auto_mesh import AutoMesh, check_mesh
+from shardkit.planner.chooser import mesh_chooser
 from shardkit.prefetch import Prefetcher
 from shardkit.probe import SpeedProbe
 from shardkit.program_report import ProgramReport
@@ -57,7 +59,7 @@ class Trainer:
         tx: Any optax transformation.
         data: `step → global batch`, arrays in a dict, nested or not, with the
             examples in dim 0.
-        mesh: The mesh that is asked for.
+        mesh: The mesh that is asked for; `"auto"`, or an `sk.AutoMesh`, has it chosen.
         axis_rules: Logical axis → mesh axis.
         num_microbatches: Into how many equal parts the global batch is cut; or an
             `sk.BatchRamp`, which says so for every step. Parts keep their size.
@@ -78,6 +80,7 @@ class Trainer:
             all changes, or `"last"`. All microbatches begin with the same state.
         noise_scale: Whether each step measures the gradient noise scale, in the metrics
             `noise_scale`, `noise_trace` and `grad_square` (see `shardkit.noise`).
+        offload: Whether the optimizer's state is in host memory but for its update.
         path_rules: Glob or compiled regex over leaf paths → logical axes or a
             `PartitionSpec`; the first that fits. What a leaf's own annotation says
             otherwise is an error.
@@ -116,7 +119,7 @@ class Trainer:
         loss: Callable[..., Any],
         tx: optax.GradientTransformation,
         data: Callable[[int], Any],
-        mesh: MeshSpec | None = None,
+        mesh: MeshSpec | AutoMesh | str | None = None,
         axis_rules: AxisRules | None = None,
         num_microbatches: int | BatchRamp,
         seed: int = 0,
@@ -131,6 +134,7 @@ class Trainer:
         loss_scale: LossScale | None = None,
         combine: Mapping[str, str] | None = None,
         noise_scale: bool = False,
+        offload: bool = False,
         path_rules: Mapping[Any, Any] | None = None,
         strict: bool = False,
         devices: Sequence[Any] | None = None,
@@ -142,12 +146,11 @@ class Trainer:
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         noticed = check_functions(init, loss, eval_loss, tx, data)
-        check_mesh(mesh)
+        asked = check_mesh(mesh)
         check_choice("consistency", consistency, ("exact", "fast"))
         check_choice("certify", certify, ("always", "first", "off"))
-        check_choice(
-            "on_failed_certificate", on_failed_certificate, ("stop", "continue")
-        )
+        then = ("stop", "continue")
+        check_choice("on_failed_certificate", on_failed_certificate, then)
         self.events = events or EventLog()
         self._recipe = Recipe(
             init=init,
@@ -161,11 +164,11 @@ class Trainer:
             loss_scale=loss_scale,
             combine=combine or {},
             noise_scale=noise_scale,
+            offload=offload,
         )
         self._eval, self._checkpoint, self._probe = eval, checkpoint, probe
-        self._layout, warnings, _ = lay_out(
-            self._recipe, axis_rules or {}, path_rules=path_rules, strict=strict
-        )
+        rules: Any = {"axis_rules": axis_rules or {}, "path_rules": path_rules}
+        self._layout, warnings, _ = lay_out(self._recipe, **rules, strict=strict)
         for warning in [*warnings, *noticed]:
             self.events.emit("notice", message=warning)
         pool = list(jax.devices() if devices is None else devices)
@@ -180,7 +183,7 @@ class Trainer:
         placements = Placements(
             self._recipe,
             self._layout,
-            mesh or MeshSpec(),
+            mesh_chooser(asked, self._recipe, like, pool, rules),
             pool,
             like,
             abstract_batch(eval.data(0)) if eval else like,
@@ -190,6 +193,7 @@ class Trainer:
             speeds=checked_speeds(speeds or {}),
             stages=snapshot is not None,
         )
+        ahead = Standby(placements, max_programs=standby, configured=standby_counts)
         self._controller = Controller(
             placements=placements,
             data=checked,
@@ -205,11 +209,7 @@ class Trainer:
             stop_on_failure=on_failed_certificate == "stop",
             events=self.events,
             waiter=waiter,
-            standby=(
-                standby
-                and Standby(placements, max_programs=standby, configured=standby_counts)
-            )
-            or None,
+            standby=ahead if standby else None,
             snapshots=open_snapshots(snapshot, self.events),
         )
         self._eval_data = Prefetcher(eval.data) if eval else None

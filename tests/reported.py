@@ -21,6 +21,7 @@ CHANGE = {
     "to_devices": 3,
     "from_mesh": {"data": 2, "fsdp": 4},
     "to_mesh": {"fsdp": 3},
+    "consistency": "exact",
     "bytes_moved": 3 * 2**20,
     "plain_bytes_moved": 5 * 2**20,
     "phases": [
@@ -29,7 +30,14 @@ CHANGE = {
     ],
     "was_ready": False,
     "certified": True,
+    "move_certified": True,
 }
+
+BEFORE = {
+    name: CHANGE[name]
+    for name in ("step", "from_devices", "to_devices", "from_mesh", "to_mesh")
+} | {"consistency": "exact"}
+"""What is known of it before anything is done."""
 
 
 @dataclasses.dataclass(frozen=True)

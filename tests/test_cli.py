@@ -6,13 +6,17 @@ import jax
 import pytest
 
 from shardkit import errors
-from shardkit.build import build_trainer, call_factory, device_pool, resolve_factory
+from shardkit.build import (
+    build_mesh,
+    build_trainer,
+    call_factory,
+    device_pool,
+    resolve_factory,
+)
 from shardkit.cli import exit_code, parse_arguments, plan_resizes, resume_command
-from shardkit.config import to_dict
 from shardkit.errors import ConfigError
 from shardkit.events import EventLog
 from shardkit.logical_axes import infer_shardings
-from shardkit.mesh import MeshSpec
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.toml")
@@ -106,7 +110,7 @@ def test_every_rule_of_a_config_cuts_something(name, tmp_path):
     model = call_factory(config.model.factory, config.model.options, where="model")
     params = jax.eval_shape(model.init, jax.random.key(0))
     rules = model.axis_rules | config.axis_rules
-    mesh = MeshSpec(**to_dict(config)["mesh"]).build(jax.devices())
+    mesh = build_mesh(config.mesh).build(jax.devices())
     specs = [s.spec for s in jax.tree.leaves(infer_shardings(params, rules, mesh))]
     assert any("fsdp" in spec for spec in specs)
 

@@ -44,7 +44,7 @@ def test_without_a_state_the_order_is_the_pool_s(placements):
 
 
 def test_survivors_sit_where_they_hold_most(placements):
-    placements.present = placements.on(4)
+    placements.stand(placements.on(4), 4)
     grown = placements.on(8)
     # Of five rows the first three devices have two, two and one.
     assert [ids(grown).index(i) // 2 for i in range(3)] == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_in_the_pool_s_order_there_is_no_other_to_compare_with(placements):
 
 
 def test_what_is_compiled_comes_before_what_is_best(placements):
-    placements.present = placements.on(4)
+    placements.stand(placements.on(4), 4)
     ready = pretend_compiled(placements, [7, 6, 5, 4, 3, 2, 1, 0])
     assert placements.on(8) is ready
     # Of the two this one keeps more.
@@ -75,9 +75,8 @@ def test_a_placement_is_its_own_even_if_another_moves_as_little(make):
     ready = placements.on(4)
     ready.executable = object()
     devices = [placements.pool[i] for i in (3, 2, 1, 0)]
-    placements.present = other = placements._derive(
-        sk.MeshSpec(data=-1, fsdp=1).build(devices)
-    )
+    other = placements._derive(sk.MeshSpec(data=-1, fsdp=1).build(devices))
+    placements.stand(other, 8)
     other.executable = object()
     assert placements.on(4) is other
 
@@ -90,7 +89,7 @@ def test_without_a_state_any_that_is_compiled_will_do_and_first_the_plain(placem
 
 
 def test_what_is_being_compiled_is_waited_for(placements, monkeypatch):
-    placements.present = placements.on(4)
+    placements.stand(placements.on(4), 4)
     begun, may_end = threading.Event(), threading.Event()
 
     def prepare(placement, **options):
@@ -103,7 +102,7 @@ def test_what_is_being_compiled_is_waited_for(placements, monkeypatch):
     thread.start()
     assert begun.wait(TIMEOUT_S)
     under_way = placements.on(8)
-    placements.present = placements.on(2)
+    placements.stand(placements.on(2), 2)
     assert placements.on(8) is under_way
     may_end.set()
     thread.join()
@@ -112,7 +111,7 @@ def test_what_is_being_compiled_is_waited_for(placements, monkeypatch):
 
 
 def test_over_several_processes_the_order_is_the_pool_s(placements, monkeypatch):
-    placements.present = placements.on(4)
+    placements.stand(placements.on(4), 4)
     pretend_compiled(placements, [7, 6, 5, 4, 3, 2, 1, 0])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert ids(placements.on(8)) == list(range(8))
@@ -132,7 +131,7 @@ def test_no_walk_moves_more_than_the_plain_order(counts, make):
     state = old.init()
     before = jax.tree.map(np.asarray, old.logical(state))
     for count in [6, 8, 4, *counts]:
-        placements.present = old
+        placements.stand(old, old.num_devices)
         new = placements.on(count)
         transition = Transition(
             old, new, 0.0, plain_bytes=placements.plain_bytes(old, new)

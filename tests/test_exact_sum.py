@@ -15,6 +15,7 @@ from shardkit.exact_sum import (
     INITIAL_EXPONENT,
     Accumulator,
     exact_sum,
+    exact_sums,
     is_summable,
     next_exponent,
     peak_bits,
@@ -141,6 +142,20 @@ def test_several_dims_are_summed_as_one(dims):
     last = np.moveaxis(x, dims, range(3 - len(dims), 3))
     flat = last.reshape(*last.shape[: 3 - len(dims)], -1)
     assert bits(found) == bits(jit_sum(flat, (flat.ndim - 1,)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [((3, 9, 5), (0, 2)), ((8193, 2), (0, 1)), ((2, 8193), (0,)), ((0, 4), (0, 1))],
+)
+def test_dims_that_are_not_merged_are_summed_to_the_same_bits(shape, dims):
+    rng = np.random.default_rng(1)
+    scales = 2.0 ** rng.integers(-40, 40, shape)
+    x = (rng.normal(size=shape) * scales).astype(np.float32)
+    x.flat[-1:] = np.inf
+    sums = jax.jit(lambda x: exact_sums([(x, dims), (x, (1,))], merges=False))(x)
+    merged = jax.jit(lambda x: exact_sums([(x, dims), (x, (1,))]))(x)
+    assert [bits(s) for s in sums] == [bits(s) for s in merged]
 
 
 def test_each_sum_has_its_own_grid():

@@ -27,7 +27,7 @@ from shardkit.snapshot.layout import ImageLayout, MeshRecord, Piece, SnapshotLea
 SETTINGS = settings(max_examples=300, deadline=None)
 MESH = MeshRecord(("data", "fsdp"), (1, 2), (4, 5), (0, 1), ("a", "b"))
 LEAVES = [
-    SnapshotLeaf("params/w", (5, 3), "float32", 0),
+    SnapshotLeaf("params/w", (5, 3), "float32", 0, (("tensor", 1),)),
     SnapshotLeaf("params/b", (7,), "bfloat16", 0),
     SnapshotLeaf("step", (), "int32"),
     SnapshotLeaf("empty", (0, 4), "float64"),
@@ -221,6 +221,34 @@ def test_headers_that_lie_with_the_right_checksum(path, new):
             image.piece(index)
     except TornError:
         pass
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        [["tensor", -1]],
+        [["tensor", 2]],
+        [["tensor", 0]],
+        [["fsdp", 1]],
+        [["tensor", 1], ["tensor", 1]],
+        [["tensor", 1], ["expert", 1]],
+        ["t1"],
+        [1],
+    ],
+)
+def test_leaves_that_are_cut_as_none_can_be_are_refused(group):
+    fields = fields_of(VALID)
+    assert fields["leaves"][0][4] == [["tensor", 1]]
+    fields["leaves"][0][4] = group
+    with pytest.raises(TornError, match="its header"):
+        read_image(sealed(fields))
+
+
+def test_a_mesh_with_an_axis_twice_is_refused():
+    fields = fields_of(VALID)
+    fields["mesh"]["axes"] = ["fsdp", "fsdp"]
+    with pytest.raises(TornError, match="the mesh does not fit together"):
+        read_image(sealed(fields))
 
 
 @SETTINGS

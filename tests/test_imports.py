@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 # `build` above "shardkit", the package itself, whose lazy names reach all below it, and
 # `command` above `build`, as it plans what configs name.
 TIERS = [
-    "errors events version waits hlo labels background bits blocks",
+    "errors events version waits hlo labels background bits blocks words",
     "tree arguments mesh keys membership nn model clipping places shards rounding "
     "jaxprs corpus ramp prefetch standby program_cache program_report",
-    "annotations batch groups schedules",
+    "annotations batch groups schedules mesh_choice",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap noise sampling",
     "digest state program model_state put senders sources matrices operations regions "
@@ -37,12 +37,13 @@ TIERS = [
     "carry",
     "recipe resharding",
     "state_layout state_moves",
-    "staging verdict device_work",
+    "staging verdict offload",
+    "device_work",
     "placement",
     "placements",
     "elastic metrics checkpoint evaluation planner probe",
     "snapshot",
-    "certificate rescue chaos foresight",
+    "certificate rescue chaos foresight headcount",
     "controller",
     "leaving",
     "loop",

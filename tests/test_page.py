@@ -189,6 +189,26 @@ def test_the_boxes_are_those_of_the_layout(devices, spec, num_devices, shape, di
     assert found == {device.id: layout.box(device.id) for device in mesh.devices.flat}
 
 
+@pytest.mark.parametrize("spec", [MeshSpec(tensor=2), MeshSpec(tensor=3, expert=2)])
+def test_boxes_of_groups_are_those_of_the_layout_too(devices, spec, tmp_path):
+    mesh = spec.build(devices)
+    group = ("tensor", 1), ("expert", 0)
+    leaves = [
+        LeafLayout("dim 0 by fsdp", (5, 6), np.dtype("float32"), 0, group=group[:1]),
+        LeafLayout("by a group alone", (4, 6), np.dtype("float32"), group=group),
+        LeafLayout("not divided", (3, 5), np.dtype("float32"), 0, group=group[:1]),
+    ]
+    write_layout(tmp_path / "layout.json", leaves)
+    stored = parse_layout(json.loads((tmp_path / "layout.json").read_text()))
+    for leaf, told in zip(leaves, stored, strict=True):
+        layout = Layout.of_leaf(leaf, Places.of_mesh(mesh))
+        found = {}
+        for piece in pieces_of(told, mesh_sizes(mesh), device_ids(mesh)):
+            assert piece.shape == layout.piece_shape, leaf.path
+            found |= dict.fromkeys(piece.device_ids, piece.box)
+        assert found == {d.id: layout.box(d.id) for d in mesh.devices.flat}, leaf.path
+
+
 def test_a_layout_is_read_as_it_was_written(tmp_path):
     leaves = [LeafLayout("a", (3, 4), np.dtype("int8"), 1), LeafLayout("b", (), float)]
     write_layout(tmp_path / "layout.json", leaves)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ learning_rate = 0.1
 [train]
 steps = 10
 """
+
+
+PLAIN = ("--axes", "data,fsdp")
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def test_a_model_that_never_fits_is_planned_where_there_is_no_device():
 
 
 def test_tables(plan, small):
-    words = [small(), "--profile", "cpu", "--what-if-lose", "5"]
+    words = [small(), "--profile", "v5e", "--what-if-lose", "5"]
     said = plan(*words)
     assert "memory of a device" in said
     assert "all-reduce" in said
@@ -114,6 +118,78 @@ def test_tables(plan, small):
     assert found["after_loss"]["consistency"] == "equivalent"
     sums = plan(*words, "--json")["plan"]["best"]["memory"]["sums"]
     assert found["plan"]["best"]["memory"]["sums"] == sums / 2
+
+
+MOE = """
+devices = 8
+[model]
+factory = "models.moe:build"
+[model.options]
+num_layers = 1
+[data]
+factory = "tokens"
+path = "nowhere"
+sequence_length = 32
+global_batch_size = 16
+num_microbatches = 4
+[optimizer]
+learning_rate = 0.1
+[train]
+steps = 10
+[mesh]
+tensor = 2
+"""
+
+
+def test_axes_are_those_that_the_model_has_a_use_for(plan, tmp_path):
+    path = tmp_path / "moe.toml"
+    path.write_text(MOE)
+    found = plan(path, "--json")
+    assert found["current"]["mesh"] == dict(
+        zip(MESH_AXES, (1, 4, 2, 1, 1), strict=True)
+    )
+    meshes = [found["plan"]["best"], *found["plan"]["runners_up"]]
+    assert found["current"]["consistency"] == meshes[0]["consistency"]
+    for choice in meshes:
+        group = [choice["mesh"][axis] for axis in MESH_AXES[2:]]
+        is_alike = group == [2, 1, 1]
+        assert choice["consistency"] == ("exact" if is_alike else "equivalent")
+    job = read_job(from_dict(tomllib.loads(MOE)), "exact")
+    assert job.fixed == {}
+    assert next(iter(job.facts.values())).divisors == {
+        "tensor": 4,
+        "expert": 4,
+        "context": 32,
+    }
+
+
+@pytest.mark.parametrize("axis", ["tensor", "expert", "context"])
+def test_what_a_group_exchanges_is_told(plan, tmp_path, axis):
+    path = tmp_path / "moe.toml"
+    path.write_text(MOE.replace("tensor = 2", f"{axis} = 2"))
+    found = plan(path, "--axes", "fsdp", "--json")
+    choices = [found["plan"]["best"], *(x for x in found["plan"]["runners_up"])]
+    assert all(x["mesh"][axis] == 2 for x in choices)
+    assert all(x["mesh"]["data"] == 1 for x in choices)
+    assert all(x["consistency"] == "exact" for x in choices)
+    rows = [x for x in found["collectives"] if x["axis"] == axis]
+    assert {"all-reduce", "all-gather"} <= {x["collective"] for x in rows}
+    sent = sum(x["sent_bytes"] for x in rows)
+    assert sent == pytest.approx(found["plan"]["best"]["sent_bytes"][axis])
+    said = plan(path, "--axes", "fsdp")
+    assert f"{axis}  all-reduce" in said
+    assert "microbatches" in said
+
+
+def test_axes_of_the_command_line(plan, small):
+    found = plan(small(), "--axes", "data", "--json")["plan"]
+    meshes = [found["best"]["mesh"], *(x["mesh"] for x in found["runners_up"])]
+    assert all(mesh["fsdp"] == mesh["tensor"] == 1 for mesh in meshes)
+    assert "--axes: expected some of data,fsdp" in plan(
+        small(), "--axes", "data,pipe", code=2
+    )
+    path = small(("[train]", "[mesh]\nfsdp = 1\ncontext = 16\n[train]"))
+    assert "context" in plan(path, code=2)
 
 
 def test_one_device_exchanges_nothing(plan, small):
@@ -141,21 +217,24 @@ def hbm(plan, path, factor, *args):
 
 
 def test_what_would_fit_is_said_and_is_true(plan, small):
-    size = hbm(plan, small(), 0.8)
-    errors = plan(small(), "--hbm", size, code=2)
+    size = hbm(plan, small(), 0.8, *PLAIN)
+    errors = plan(small(), "--hbm", size, *PLAIN, code=2)
     assert errors.count("\n") == 1
     assert "no mesh of 8 devices fits: fsdp=8 takes least" in errors
     assert "most of it sums" in errors
     assert "more than" in errors
     assert "What would fit: --hbm" in errors
     assert "consistency = fast" in errors
-    plan(small(), "--hbm", size, "--consistency", "fast")
+    plan(small(), "--hbm", size, "--consistency", "fast", *PLAIN)
+    # And what is not said, as it makes another run: groups need less.
+    found = plan(small(), "--hbm", size, "--json")["plan"]["best"]
+    assert (found["mesh"]["tensor"] > 1, found["consistency"]) == (True, "equivalent")
 
 
 def test_a_loss_that_leaves_no_room_is_refused(plan, small):
-    size = hbm(plan, small(), 1.02)
-    plan(small(), "--hbm", size)
-    errors = plan(small(), "--hbm", size, "--what-if-lose", "7", code=2)
+    size = hbm(plan, small(), 1.02, *PLAIN)
+    plan(small(), "--hbm", size, *PLAIN)
+    errors = plan(small(), "--hbm", size, "--what-if-lose", "7", *PLAIN, code=2)
     assert "--what-if-lose 7: no single device has the room" in errors
     assert "2 devices" in errors or "4 devices" in errors or "8 devices" in errors
 

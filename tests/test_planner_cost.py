@@ -12,9 +12,10 @@ import pytest
 import shardkit as sk
 from models import gpt, moe
 from shardkit.errors import ConfigError
-from shardkit.planner.compiled_peak import compiled_peak_bytes
+from shardkit.planner.compiled_peak import compile_microbatch
 from shardkit.planner.cost import predict
-from shardkit.planner.memory import memory, state_exchanges
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
+from shardkit.planner.memory import memory
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.placement_model import StateBytes
 from shardkit.planner.profile import load_profile, profile_names
@@ -83,10 +84,11 @@ def compare(name, mesh, num_devices, *, exact=True, tx="adamw", num_microbatches
     microbatch = {"tokens": jax.ShapeDtypeStruct((rows, length + 1), np.int32)}
     facts = read_model(model, microbatch, optimizer)
     meshes = Meshes.of(mesh.sizes(num_devices), num_microbatches)
-    peak = compiled_peak_bytes(model, microbatch)
-    asked = dataclasses.replace(facts, peak_bytes=peak)
+    peak = compile_microbatch(model, microbatch, facts).peak_bytes
+    asked = facts.with_peak({}, peak)
     total = [sum(memory(x, meshes, exact=exact).values())[0] for x in (facts, asked)]
     exchanges = collections.Counter()
+    assert not any(x.num_bytes for x in microbatch_exchanges(facts, meshes))
     for x in state_exchanges(facts, meshes, exact=exact):
         if x.axis in ("data", "fsdp"):
             exchanges[x.kind, x.state == "peaks"] += int(x.num_bytes[0])
@@ -199,9 +201,26 @@ def test_where_groups_of_devices_lie():
 
 def test_devices_that_share_cores_do_not_compute_faster_together(facts):
     profile, topology = load_profile("cpu"), Topology(8, 8)
-    meshes = Meshes.of({"data": [1, 8]}, 8)
+    half = dict.fromkeys(profile.alone_fraction, 0.5)
+    profile = dataclasses.replace(profile, alone_fraction=half)
+    meshes = Meshes.of({"data": [1, 8, 3]}, 8)
     compute = predict(facts, meshes, profile, topology).time_s["compute"]
-    assert compute[0] == pytest.approx(compute[1])
+    # Whoever is alone has half of the host; and of three that compute three, three and
+    # two microbatches, the last leaves its part to the others.
+    assert compute[0] == pytest.approx(2 * compute[1])
+    assert compute[2] == pytest.approx(compute[1])
+    costs = predict(facts, meshes, profile, topology)
+    time_s = costs.time_s
+    assert time_s["packing"][1] == pytest.approx(8 * time_s["packing"][0])
+    # What it has before and after a step is not given to it anew.
+    fresh = costs.memory_bytes - sum(
+        costs.memory[kind]
+        for kind in ("params", "optimizer", "model state", "batch", "other")
+    )
+    assert time_s["allocating"] == pytest.approx(
+        fresh * meshes.num_devices * profile.fresh_byte_s
+    )
+    meshes = Meshes.of({"data": [1, 8]}, 8)
     other = dataclasses.replace(profile, is_shared=False)
     compute = predict(facts, meshes, other, topology).time_s["compute"]
     assert compute[0] == pytest.approx(8 * compute[1])
@@ -211,19 +230,40 @@ def test_half_the_peak_is_twice_the_time(facts):
     profile, topology = load_profile("h200"), Topology(1, 8)
     slow = dataclasses.replace(
         profile,
-        flops_fraction=profile.flops_fraction / 2,
+        flops_fraction={k: v / 2 for k, v in profile.flops_fraction.items()},
         memory_fraction=profile.memory_fraction / 2,
+        product_overhead_s=profile.product_overhead_s * 2,
     )
     meshes = Meshes.of({}, 4)
     times = [predict(facts, meshes, p, topology).time_s for p in (profile, slow)]
     assert times[1]["compute"] == pytest.approx(2 * times[0]["compute"])
 
 
+def test_products_and_what_is_between_them_take_turns(facts):
+    profile, topology = load_profile("h200"), Topology(1, 8)
+    meshes, work = Meshes.of({}, 4), facts.work
+    fields = {"product_overhead_s": 0.0, "written_fraction": 0.0}
+    times = {
+        name: predict(
+            facts, meshes, dataclasses.replace(profile, **{**fields, **some}), topology
+        ).time_s["compute"][0]
+        for name, some in {
+            "work": {},
+            "each": {"product_overhead_s": 1.0},
+            "between": {"written_fraction": 1.0},
+        }.items()
+    }
+    assert times["each"] - times["work"] == pytest.approx(4 * work.num_products)
+    between = 4 * 2 * sum(work.other_bytes.values()) / profile.memory_bytes_s
+    assert times["between"] - times["work"] == pytest.approx(between)
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_profiles_say_who_measured_what(name):
     profile = load_profile(name)
     assert profile.measured_by
-    assert 0 < profile.flops_fraction <= 1
+    assert all(0 < part <= 1 for part in profile.flops_fraction.values())
+    assert profile.flops_s("float8_e4m3fn") == profile.flops_s("float32")
     assert profile.peak("float32") > 0
     assert profile.peak("float8_e4m3fn") == profile.peak("float32")
 
@@ -240,7 +280,7 @@ def test_all_that_is_wrong_with_a_profile_is_said_at_once(tmp_path):
 
     text = (files("shardkit.planner") / "profiles" / "h100.toml").read_text()
     text = text.replace("memory_bytes = 80e9", 'memory_bytes = "80 GB"')
-    text = text.replace("flops_fraction = 0.6", "flops_fraction = 1.6")
+    text = text.replace("bfloat16 = 0.6", "bfloat16 = 1.6")
     text = text.replace("between = 50e9", "betwixt = 50e9")
     path = tmp_path / "mine.toml"
     path.write_text(text)
@@ -252,7 +292,7 @@ def test_all_that_is_wrong_with_a_profile_is_said_at_once(tmp_path):
         "datasheet.bandwidth_bytes_s.between",
         "datasheet.bandwidth_bytes_s.betwixt",
         "datasheet.memory_bytes",
-        "measured.flops_fraction",
+        "measured.flops_fraction.bfloat16",
     ]
     path.write_text("name = ")
     with pytest.raises(ConfigError, match="not TOML"):

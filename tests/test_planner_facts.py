@@ -12,7 +12,7 @@ import shardkit as sk
 from models import gpt, moe
 from shardkit.errors import ConfigError
 from shardkit.planner.flow import follow
-from shardkit.planner.ledger import Cut
+from shardkit.planner.ledger import Cut, Habits
 from shardkit.planner.liveness import peak_bytes
 from shardkit.planner.reading import read_model
 
@@ -103,8 +103,13 @@ def test_one_sum_closes_a_pair_of_products():
 
     # Megatron: two sums of the stream per layer forwards, and two backwards.
     assert sums(two) - sums(one) == 4 * STREAM
-    kinds = {kind for kind, axis, _ in two.work.exchanges if axis == "tensor"}
-    assert kinds == {"all-reduce"}
+    kinds = two.work.buffers({"tensor": 2})
+    # Beside sums, where each device's best guess is, and what it is.
+    assert kinds["all-gather", "tensor"] == 2 * TOKENS * (4 + 4)
+    assert {kind for kind, axis in kinds if axis == "tensor"} == {
+        "all-reduce",
+        "all-gather",
+    }
     divided = sum(n for (_, axes), n in two.work.flops.items() if "tensor" in axes)
     assert divided > 0.97 * two.work.total_flops
 
@@ -132,7 +137,88 @@ def test_experts_exchange_tokens():
     assert facts.divisors["expert"] == 2
     assert facts.notes == ()
     assert facts.model_state
-    assert read().divisors["expert"] == 1
+    # Without experts there are rows to share.
+    assert read().divisors["expert"] == ROWS
+    assert not any("expert" in leaf.cuts for leaf in read().params)
+
+
+def in_group(name, axis, habits=None, **options):
+    """Bytes of buffers of a microbatch, by kind, on two devices along an axis."""
+    build = {"gpt": gpt.build, "moe": moe.build}[name]
+    model = build(num_layers=1, **options)
+    facts = read_model(model, tokens(), optax.sgd(0.1), habits=habits)
+    buffers = facts.work.buffers({axis: 2})
+    return {kind: n for (kind, over), n in buffers.items() if over == axis and n}
+
+
+def test_experts_with_places_of_their_own_rows_swap_tokens():
+    found = in_group("moe", "expert", capacity_per_row=True)
+    # Two rows with 40 places in each of four experts; there and back, twice.
+    assert found["all-to-all"] == 4 * (2 * 4 * 40 * 64 * 4) / 2
+    assert "all-gather" not in found
+
+
+def test_what_a_compiler_does_not_put_off_is_exchanged_more_often():
+    late = in_group("gpt", "tensor")
+    at_once = in_group("gpt", "tensor", Habits.of("cpu"))
+    # Backwards gate and up are two sums, and query, key and value three.
+    assert at_once["all-reduce"] - late["all-reduce"] == 3 * STREAM
+    late = in_group("gpt", "tensor", sequence_parallel=True)
+    at_once = in_group("gpt", "tensor", Habits.of("cpu"), sequence_parallel=True)
+    assert late["reduce-scatter"] > 0
+    assert "reduce-scatter" not in at_once
+
+
+def test_positions_that_are_cut_come_together_where_rows_are_joined():
+    x = jnp.ones((4, 6, 5))
+    cuts = [("expert", "context", None)]
+    [out], ledger = cuts_of(lambda x: x.reshape(-1, 5), (x,), cuts)
+    assert out.dims == ("expert", None)
+    [item] = ledger.items
+    assert (item.kind, item.axis, item.axes) == ("all-gather", "context", {"expert"})
+    assert item.bytes_on({"context": 3, "expert": 2}) == 4 * 6 * 5 * 4 / 2
+    assert item.bytes_on({"expert": 2}) == 0
+    one_row = jnp.ones((1, 6, 5))
+    [out], ledger = cuts_of(lambda x: x.reshape(-1, 5), (one_row,), cuts)
+    assert (out.dims, ledger.items) == (("context", None), [])
+
+
+def test_what_nobody_reads_is_not_counted():
+    def product(x, w):
+        unread = x @ w
+        return x + 0 * unread.shape[0]
+
+    args = jnp.ones((4, 8)), jnp.ones((8, 16))
+    [out], ledger = cuts_of(product, args, [(None, "tensor"), ("tensor", None)])
+    assert (out.dims, ledger.total_flops, ledger.items) == ((None, "tensor"), 0, [])
+
+
+def test_a_dim_can_be_cut_by_two_axes():
+    cut = Cut((None, ("context", "tensor")))
+    assert (cut.axes, cut.place("tensor")) == ({"context", "tensor"}, 1)
+    assert cut.without("context") == Cut((None, "tensor"))
+    assert Cut((None, "context")).cut_at(1, "tensor") == cut
+    x, w = jnp.ones((4, 8, 16)), jnp.ones((16, 64))
+    cuts = [(None, ("context", "tensor"), None), (None, "tensor")]
+    [out], ledger = cuts_of(lambda x, w: x @ w, (x, w), cuts)
+    # What is smaller is gathered: the positions of `x`, of their pieces.
+    assert out.dims == (None, "context", "tensor")
+    assert ledger.exchanges == {("all-gather", "tensor", frozenset({"context"})): 2048}
+
+
+def test_what_all_readers_cut_is_made_in_pieces():
+    def product(x, w, other):
+        y = x @ w
+        return jnp.tanh(y) + other, y * other
+
+    args = jnp.ones((4, 8)), jnp.ones((8, 16)), jnp.ones((4, 16))
+    _, ledger = cuts_of(
+        product, args, [(None, None), (None, "tensor"), ("context", "tensor")]
+    )
+    assert ledger.flops == {
+        ("float32", frozenset({"context", "tensor"})): 2 * 4 * 8 * 16
+    }
+    assert ledger.items == []
 
 
 def test_a_name_that_nothing_divides_stays_whole_and_is_told():

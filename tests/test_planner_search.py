@@ -118,6 +118,23 @@ def test_no_mesh_is_faster(small, num_devices, per_host, rows, latency, room, sl
     assert plan.num_idle == num_devices - plan.best.num_devices
 
 
+@pytest.mark.parametrize(("num_devices", "per_host"), [(6, 6), (9, 4)])
+def test_no_mesh_is_faster_where_devices_share_a_host(small, num_devices, per_host):
+    profile = load_profile("cpu")
+    profile = dataclasses.replace(
+        profile, devices_per_host=per_host, step_overhead_s=1e-4, fresh_byte_s=0.0
+    )
+    topology = Topology(num_devices, per_host)
+    job = Job(
+        facts={"kept": small["kept"]}, global_batch_size=10, num_microbatches=[10]
+    )
+    expected = all_totals(job, topology, profile, math.inf)
+    plan = search(job, topology, profile, memory_limit_bytes=1e12, num_runners_up=3)
+    found = [plan.best, *(choice for choice, _ in plan.runners_up)]
+    wanted = sorted(expected.values())[:4]
+    assert [x.step_s for x in found] == pytest.approx(wanted, rel=1e-9)
+
+
 def test_the_best_of_all_microbatches_and_of_remat_too(small):
     job = Job(facts=small, global_batch_size=12, may_offload=True)
     topology, limit = Topology(6, 4), 6e6

@@ -105,6 +105,26 @@ def test_only_the_devices_that_take_part_are_measured():
     assert probe.facts["work"] == 4
 
 
+def test_each_device_of_a_group_has_what_the_group_has():
+    machine = Machine(num_devices=3)
+    probe = machine.probe()
+    # Two groups of two: the second and a half of the first are here.
+    placement = place(machine, counts=[3, 2])
+    follow(machine, probe, num_steps=6, step_s=1.0, placement=placement)
+    assert probe.facts["work"] == 3 + 2 + 2
+    assert probe.facts["busy_s"] == pytest.approx(3 * ROUND_S * 7 / 3)
+
+
+def test_who_takes_no_part_measures_nothing():
+    machine = Machine()
+    probe = machine.probe()
+    placement = place(machine, num_others=2)
+    placement.mesh.devices = placement.mesh.devices[:2]
+    placement.grid.counts = placement.grid.counts[:1]
+    follow(machine, probe, num_steps=6, step_s=1.0, placement=placement)
+    assert probe.facts == {}
+
+
 def test_who_has_nothing_to_do_is_measured_too():
     machine = Machine()
     probe = machine.probe()

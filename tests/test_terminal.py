@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from reported import CHANGE, Metrics, open_run, train
+from reported import BEFORE, CHANGE, Metrics, open_run, train
 from rich.console import Console
 
 from shardkit.events import EventLog
@@ -52,7 +52,7 @@ def test_a_bar_says_that_devices_change(bar):
     for step in range(5):
         report.step(Metrics(step))
     assert "12,288 tokens/s" in now()
-    log.emit("reconfiguring", step=5, from_devices=8, to_devices=3)
+    log.emit("reconfiguring", **BEFORE)
     assert " 5/20 8 -> 3 devices: compiling " in now()
     assert "fsdp" not in now()
     log.emit("reconfigure", **CHANGE)
@@ -79,7 +79,7 @@ def test_a_change_of_devices_is_in_no_speed_and_in_no_time_remaining(bar):
     report.terminal._progress.get_time = task._get_time = lambda: clock[0]
     for step in range(20):
         if step == CHANGE["step"]:
-            log.emit("reconfiguring", step=5, from_devices=8, to_devices=3)
+            log.emit("reconfiguring", **BEFORE)
             clock[0] += 10
             log.emit("reconfigure", **CHANGE)
         first = step in (0, CHANGE["step"])

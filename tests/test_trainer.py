@@ -169,8 +169,10 @@ def test_certification(make, certify, verdicts):
         "to_devices": 3,
         "from_mesh": {"data": 2, "fsdp": 4},
         "to_mesh": {"fsdp": 3},
+        "consistency": "exact",
         "was_ready": False,
         "certified": verdicts[2],
+        "move_certified": certify != "off",
     }
     assert changes[1]["bytes_moved"] > 0
 
@@ -356,7 +358,7 @@ def test_what_does_not_fit_is_refused(make, options, error, message):
         ({"loss": lambda p: 0}, r"loss must be .*\(params, microbatch, key\), found"),
         ({"eval_loss": lambda x, y: 0}, r"eval_loss must be .*found \(x, y\)"),
         ({"data": iter(())}, r"data must be .*\(step\), found tuple_iterator"),
-        ({"mesh": 4}, r"mesh must be an sk.MeshSpec, found 4"),
+        ({"mesh": 4}, r"mesh must be .* or an sk.AutoMesh, found 4"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named(make, options, message):

@@ -25,6 +25,7 @@ from shardkit.checkpoint.remap import Remap
 from shardkit.checkpoint.sums import check_sums
 from shardkit.errors import DamagedError, RestoreError, SaveError
 from shardkit.events import EventLog
+from shardkit.mesh import GROUP_AXES, consistency_class
 from shardkit.placement import Placement
 from shardkit.ramp import BatchRamp, as_ramp
 
@@ -70,6 +71,16 @@ class History:
     def steps(self) -> list[int]:
         """The steps that can be gone back to, oldest first."""
         return self._checkpoints.steps()
+
+    @property
+    def mesh(self) -> Mapping[str, int] | None:
+        """Mesh axis → size, where this run was when it saved the chosen step."""
+        if self._chosen is None or self._remap is not None or not self._own:
+            return None
+        manifest = self._chosen.manifest
+        found = {} if manifest is None else manifest.mesh
+        # It comes from a file.
+        return {a: n for a, n in found.items() if type(n) is int and n > 0} or None
 
     def save(
         self,
@@ -194,7 +205,22 @@ class History:
                 self._take(earlier[::-1], [(manifest.step, error)])
             else:
                 self._events.emit("restored", step=manifest.step)
+                self._tell_of_groups(manifest.mesh, placement.mesh.shape)
                 return manifest.step, state
+
+    def _tell_of_groups(self, saved: Mapping[str, Any], now: Mapping[str, int]) -> None:
+        """Tells if groups of devices are of another size, which alters numbers."""
+        if consistency_class(saved, now) == "exact":
+            return
+        sizes = [
+            ", ".join(f"{axis} {mesh.get(axis, 1)}" for axis in GROUP_AXES)
+            for mesh in (saved, now)
+        ]
+        self._events.emit(
+            "notice",
+            message=f"restored: saved with {sizes[0]}, now {sizes[1]}; the run goes on "
+            "equal but for rounding, not with the same bits",
+        )
 
     def _read(self, saved: Saved, placement: Placement) -> Any:
         if self._remap is None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from shardkit.command import (
+    calibrate_verb,
     chaos_verb,
     diff_verb,
     explain_verb,
@@ -49,6 +50,7 @@ _COMMANDS = {
     "plan": plan_verb,
     "suggest": suggest_verb,
     "explain": explain_verb,
+    "calibrate": calibrate_verb,
     "launch": launch_verb,
     "status": status_verb,
     "chaos": chaos_verb,

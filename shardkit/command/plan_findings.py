@@ -1,34 +1,27 @@
 """What the planner finds for a config, in numbers.
 
 Owns the questions beside the search itself: how the mesh of the config compares, which
-collectives a mesh has, how much of the peak is used, and what would fit where nothing
-does. It reads no config and prints nothing.
+collectives a mesh has, and how much of the peak is used. It reads no config and prints
+nothing.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from shardkit.errors import ConfigError
 from shardkit.mesh import GROUP_AXES, consistency_class
-from shardkit.planner.candidates import divisors, outer_meshes
 from shardkit.planner.choice import Choice, Plan
-from shardkit.planner.cost import predict
 from shardkit.planner.elastic_choice import ElasticPlan, choose_next
-from shardkit.planner.memory import state_exchanges
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
-from shardkit.planner.quotas import Quotas
+from shardkit.planner.room import check_room, predicted
 from shardkit.planner.search import KEPT_PART, Job, search
-from shardkit.report.terminal import format_bytes, format_mesh
 
 __all__ = ["Findings", "find"]
-
-_MOST_DOUBLINGS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Findings:
         topology: The devices.
         profile: What they can do, with the memory that was asked for.
         plan: The chosen mesh and the others.
-        current: The config's mesh on these devices.
+        current: The config's mesh on these devices, which may be the chosen one.
         after: What to go on with after a loss; None if it was not asked for.
     """
 
@@ -59,7 +52,7 @@ class Findings:
     @property
     def limit_bytes(self) -> float:
         """What a step may take of a device."""
-        return _limit(self.profile)
+        return self.profile.memory_bytes * KEPT_PART
 
     def mfu(self, choice: Choice) -> float:
         """What of the peak of the devices in use goes into the model.
@@ -85,8 +78,11 @@ class Findings:
         """Adds up what a device exchanges in a step, by axis and collective."""
         meshes = Meshes.of(choice.sizes, choice.num_microbatches, choice.rounds)
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        for each in state_exchanges(self.facts, meshes, exact=self.job.exact):
-            sent = float(np.ravel(each.sent_bytes)[0])
+        exact, rounds = self.job.exact, float(meshes.rounds[0])
+        all_of = [(x, 1.0) for x in state_exchanges(self.facts, meshes, exact=exact)]
+        each_of = microbatch_exchanges(self.facts, meshes, exact=exact)
+        for each, times in [*all_of, *((x, rounds) for x in each_of)]:
+            sent = float(np.ravel(each.sent_bytes)[0]) * times
             if not sent:
                 continue
             row = found.setdefault(
@@ -94,8 +90,8 @@ class Findings:
                 {"axis": each.axis, "collective": each.kind, "of": []}
                 | {"buffer_bytes": 0.0, "sent_bytes": 0.0},
             )
-            row["of"].append(each.state)
-            row["buffer_bytes"] += float(np.ravel(each.num_bytes)[0])
+            row["of"] += [each.state] * (each.state not in row["of"])
+            row["buffer_bytes"] += float(np.ravel(each.num_bytes)[0]) * times
             row["sent_bytes"] += sent
         return list(found.values())
 
@@ -111,8 +107,9 @@ def find(
     topology: Topology,
     profile: HardwareProfile,
     *,
-    current: Mapping[str, int],
+    current: Mapping[str, int] | None,
     num_lost: int = 0,
+    keeps_groups: bool = True,
     remaining_steps: int = 1,
 ) -> Findings:
     """Plans a job, and what to do after a loss if there is one.
@@ -121,128 +118,37 @@ def find(
         job: What is trained.
         topology: The devices.
         profile: What they can do.
-        current: Mesh axis → size, of the config.
+        current: Mesh axis → size, of the config; None if it has the mesh chosen.
         num_lost: How many devices, but not all, are lost then; 0 for no such question.
+        keeps_groups: Whether those then compute microbatches as before.
         remaining_steps: How many steps are left then.
 
     Raises:
         ConfigError: If no mesh fits, saying what would.
     """
-    _check_room(job, topology, profile, "")
+    check_room(job, topology, profile, more_memory="--hbm {}")
     plan = search(job, topology, profile)
     after = None
     if num_lost:
         fewer = dataclasses.replace(
             topology, num_devices=topology.num_devices - num_lost
         )
-        _check_room(job, fewer, profile, f"--what-if-lose {num_lost}: ")
+        rest = job
+        if keeps_groups:
+            kept = {axis: plan.best.sizes[axis] for axis in GROUP_AXES}
+            rest = dataclasses.replace(job, fixed=kept)
+        where = f"--what-if-lose {num_lost}: "
+        check_room(rest, fewer, profile, where=where, more_memory="--hbm {}")
         after = choose_next(
-            job,
+            rest,
             fewer,
             profile,
             old=plan.best.sizes,
             remaining_steps=remaining_steps,
-            num_lost=num_lost,
+            # Idle devices are the first to go, as they are for a trainer.
+            num_lost=max(plan.best.num_devices - fewer.num_devices, 0),
         )
-    now = _predicted(job, topology, profile, current)
+    now = plan.best
+    if current is not None:
+        now = predicted(job, topology, profile, current)
     return Findings(job, topology, profile, plan, now, after)
-
-
-def _limit(profile: HardwareProfile) -> float:
-    return profile.memory_bytes * KEPT_PART
-
-
-def _predicted(
-    job: Job, topology: Topology, profile: HardwareProfile, sizes: Mapping[str, int]
-) -> Choice:
-    """Predicts one mesh."""
-    remat, num, facts = next(job.blocks())
-    meshes = Meshes.of(sizes, num)
-    costs = predict(facts, meshes, profile, topology, exact=job.exact)
-    return Choice.at(0, remat, meshes, costs, 0.0)
-
-
-def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
-    """Finds the mesh that takes least memory."""
-    remat, num, facts = next(job.blocks())
-    dims = [
-        size
-        for leaf in facts.params
-        for axis, size in zip(leaf.cuts, leaf.shape, strict=True)
-        if axis == "fsdp"
-    ]
-    inner: dict[str, int] = {axis: 1 for axis in GROUP_AXES}
-    meshes = outer_meshes(
-        inner, Quotas(topology, 1), num, max(dims, default=1), job.fixed
-    )
-    costs = predict(facts, meshes, profile, topology, exact=job.exact)
-    # Of those that take as little the one with the fewest devices.
-    order = np.lexsort((meshes.num_devices, costs.memory_bytes))
-    return Choice.at(int(order[0]), remat, meshes, costs, 0.0)
-
-
-def _check_room(
-    job: Job, topology: Topology, profile: HardwareProfile, where: str
-) -> None:
-    limit = _limit(profile)
-    least = _smallest(job, topology, profile)
-    if least.memory_bytes <= limit:
-        return
-    kind = max(least.memory, key=lambda name: least.memory[name])
-    gigabytes = math.ceil(least.memory_bytes / KEPT_PART / 1e8) / 10
-    advice = [f"--hbm {gigabytes:g}GB", *_what_fits(job, topology, profile)]
-    if kind == "activations":
-        advice.append("perhaps remat, or smaller microbatches, in the model's options")
-    num = topology.num_devices
-    what = f"mesh of {num} devices fits" if num > 1 else "single device has the room"
-    raise ConfigError(
-        f"{where}no {what}: "
-        f"{format_mesh(least.sizes)} takes least, {format_bytes(least.memory_bytes)} "
-        f"a device, most of it {kind} with {format_bytes(least.memory[kind])}; that is "
-        f"{format_bytes(least.memory_bytes - limit)} more than {format_bytes(limit)}, "
-        f"{KEPT_PART:.0%} of its memory. What would fit: {'; '.join(advice)}."
-    )
-
-
-def _what_fits(job: Job, topology: Topology, profile: HardwareProfile) -> Iterator[str]:
-    """Tries what a user could change: each alone, and together if none is enough."""
-    limit = _limit(profile)
-
-    def fits(words: str, devices: Topology, **change: Any) -> str:
-        try:
-            other = dataclasses.replace(job, **change)
-        except ConfigError:
-            # Exact sums have no room for so many microbatches.
-            return ""
-        least = _smallest(other, devices, profile).memory_bytes
-        return f"{words} ({format_bytes(least)})" if least <= limit else ""
-
-    finer = [
-        num
-        for num in divisors(job.global_batch_size)
-        if num > max(job.num_microbatches)
-    ]
-    floats = fits("consistency = fast", topology, exact=False) if job.exact else ""
-    cuts = (
-        fits(f"num_microbatches = {num}", topology, num_microbatches=[num])
-        for num in finer
-    )
-    found = [floats, next(filter(None, cuts), "")]
-    if not any(found) and job.exact:
-        both = (
-            fits(
-                f"consistency = fast with num_microbatches = {num}",
-                topology,
-                exact=False,
-                num_microbatches=[num],
-            )
-            for num in finer
-        )
-        found.append(next(filter(None, both), ""))
-    counts = (topology.num_devices << times for times in range(1, _MOST_DOUBLINGS + 1))
-    more = (
-        fits(f"{num} devices", dataclasses.replace(topology, num_devices=num))
-        for num in counts
-    )
-    found.append(next(filter(None, more), ""))
-    yield from filter(None, found)

@@ -8,6 +8,7 @@ the config.
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +17,17 @@ import numpy as np
 from shardkit import build
 from shardkit.config import BUILT_IN_DATA, RunConfig
 from shardkit.errors import ConfigError, ShardkitError
-from shardkit.mesh import GROUP_AXES
+from shardkit.mesh import BATCH_AXES, GROUP_AXES, MESH_AXES
 from shardkit.model import Model
 from shardkit.model_state import split_variables
 from shardkit.optim import build_optimizer
+from shardkit.planner import jobs
+from shardkit.planner.auto_mesh import AutoMesh
+from shardkit.planner.ledger import Habits
 from shardkit.planner.model_facts import ModelFacts
-from shardkit.planner.reading import read_model
 from shardkit.planner.search import Job
 
 __all__ = ["abstract_microbatch", "find_modules", "read_configured_model", "read_job"]
-
-_ABOUT_INNER = ("stays whole along", "is not followed: made whole")
 
 
 def find_modules() -> None:
@@ -36,7 +37,13 @@ def find_modules() -> None:
         sys.path.append(here)
 
 
-def read_job(config: RunConfig, consistency: str) -> Job:
+def read_job(
+    config: RunConfig,
+    consistency: str,
+    *,
+    axes: Sequence[str] | None = None,
+    platform: str = "gpu",
+) -> Job:
     """Reads what a config trains, without computing any of it.
 
     Of a ramp the largest batch is taken, which needs most.
@@ -44,21 +51,53 @@ def read_job(config: RunConfig, consistency: str) -> Job:
     Args:
         config: The run.
         consistency: `"exact"` or `"fast"`, in place of the config's.
+        axes: The mesh axes whose sizes are looked for; None for all that the model
+            has a use for. Of the others, those of a group keep the config's sizes.
+        platform: Whose compiler it is to be, `"cpu"` or another one.
 
     Raises:
         ShardkitError: If the config names what is not there or cannot be traced.
     """
-    num_microbatches = max(config.data.ramp.counts)
-    rows = config.data.global_batch_size // config.data.num_microbatches
-    return Job(
-        facts={"as configured": _read_facts(config)},
-        global_batch_size=rows * num_microbatches,
-        # Another number would be another run, with other bits.
-        num_microbatches=[num_microbatches],
+    model, made = read_configured_model(config)
+    ramp = config.data.ramp
+    job = jobs.read_job(
+        model,
+        abstract_microbatch(config),
+        build_optimizer(config.optimizer, split_variables(made)[0], ramp),
+        ramp,
+        **build.placement_rules(config, model),
+        ema=config.train.ema,
         exact=consistency == "exact",
-        # Other axes exist by name only, so far.
-        fixed=dict.fromkeys(GROUP_AXES, 1),
+        offload=config.train.offload,
+        habits=Habits.of(platform),
     )
+    [facts] = job.facts.values()
+    return dataclasses.replace(job, fixed=_fixed(config, facts, axes))
+
+
+def _fixed(
+    config: RunConfig, facts: ModelFacts, axes: Sequence[str] | None
+) -> dict[str, int]:
+    """Returns the axes whose sizes are not looked for, with these."""
+    mesh = build.build_mesh(config.mesh)
+    if isinstance(mesh, AutoMesh) and not axes:
+        return dict(mesh.fixed)
+    wanted = {*(axes or (*BATCH_AXES, *_useful_axes(facts)))}
+    own = {axis: getattr(config.mesh, axis) for axis in GROUP_AXES}
+    sizes = {**dict.fromkeys(BATCH_AXES, 1), **own}
+    return {axis: sizes[axis] for axis in MESH_AXES if axis not in wanted}
+
+
+def _useful_axes(facts: ModelFacts) -> Iterator[str]:
+    """The axes of a group that the rules of a model name, or that it asks for.
+
+    Rows of a microbatch are asked for, too, to be cut by `expert`; where there are no
+    experts, `data` does that without an exchange in each microbatch.
+    """
+    for axis in GROUP_AXES:
+        is_cut = any(axis in leaf.cuts for leaf in facts.params)
+        if is_cut or (axis == "context" and facts.divisors[axis] > 1):
+            yield axis
 
 
 def abstract_microbatch(config: RunConfig) -> Any:
@@ -126,20 +165,3 @@ def read_configured_model(config: RunConfig) -> tuple[Model, Any]:
         raise ConfigError(
             f"[model] {config.model.factory}: its parameters cannot be traced: {error}"
         ) from error
-
-
-def _read_facts(config: RunConfig) -> ModelFacts:
-    model, made = read_configured_model(config)
-    facts = read_model(
-        model,
-        abstract_microbatch(config),
-        build_optimizer(config.optimizer, split_variables(made)[0], config.data.ramp),
-        **build.placement_rules(config, model),
-    )
-    if config.train.ema is not None:
-        # The average is kept like a moment of every parameter.
-        average = (dataclasses.replace(x, path=f"ema/{x.path}") for x in facts.params)
-        facts = dataclasses.replace(facts, opt_state=(*facts.opt_state, *average))
-    # What axes of size 1 leave whole says nothing here.
-    notes = [x for x in facts.notes if not any(part in x for part in _ABOUT_INNER)]
-    return dataclasses.replace(facts, notes=tuple(notes))

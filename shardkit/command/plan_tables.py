@@ -16,6 +16,7 @@ from shardkit.report.terminal import format_bytes, format_mesh, format_time
 
 __all__ = ["document", "show"]
 
+_RIVALS = ["mesh", "step", "memory", "bits", "why not"]
 _KINDS = {
     "params": "its part of the parameters",
     "optimizer": "its part of the optimizer's state",
@@ -55,12 +56,11 @@ def document(
         "global_batch_size": found.job.global_batch_size,
         "num_microbatches": best.num_microbatches,
         "consistency": _sums(found),
-        "plan": _plan_document(found, found.plan),
+        "plan": _plan_document(found, found.plan, found.current),
         "collectives": found.collectives(best),
         "current": {
-            **_choice_document(found, found.current),
+            **_choice_document(found, found.current, best),
             "fits": found.current.memory_bytes <= found.limit_bytes,
-            "consistency": found.consistency(found.current.sizes, best.sizes),
         },
         "after_loss": None,
     }
@@ -71,17 +71,17 @@ def document(
             "moving_s": after.move_s,
             "remaining_s": after.remaining_s,
             "consistency": found.consistency(best.sizes, after.best.sizes),
-            "plan": _plan_document(found, after.plan),
+            "plan": _plan_document(found, after.plan, best),
         }
     return report
 
 
-def _plan_document(found: Findings, plan: Plan) -> dict[str, Any]:
+def _plan_document(found: Findings, plan: Plan, old: Choice) -> dict[str, Any]:
     def others(pairs: Any) -> list[dict[str, Any]]:
-        return [{**_choice_document(found, x), "why": why} for x, why in pairs]
+        return [{**_choice_document(found, x, old), "why": why} for x, why in pairs]
 
     return {
-        "best": _choice_document(found, plan.best),
+        "best": _choice_document(found, plan.best, old),
         "runners_up": others(plan.runners_up),
         "too_large": others(plan.too_large),
         "num_idle": plan.num_idle,
@@ -90,7 +90,8 @@ def _plan_document(found: Findings, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _choice_document(found: Findings, choice: Choice) -> dict[str, Any]:
+def _choice_document(found: Findings, choice: Choice, old: Choice) -> dict[str, Any]:
+    """One mesh, and what becomes of the bits of a run between it and another one."""
     return {
         "mesh": dict(choice.sizes),
         "num_devices": choice.num_devices,
@@ -101,6 +102,7 @@ def _choice_document(found: Findings, choice: Choice) -> dict[str, Any]:
         "memory": dict(choice.memory),
         "sent_bytes": dict(choice.sent_bytes),
         "mfu": found.mfu(choice),
+        "consistency": found.consistency(old.sizes, choice.sizes),
     }
 
 
@@ -115,7 +117,7 @@ def show(
     output.facts(_facts(found, arguments, config))
     _notes(found.plan.notes, output)
     output.line()
-    output.table(["mesh", "step", "memory", "why not"], [*_rivals(found)], right=[1, 2])
+    output.table(_RIVALS, [*_rivals(found)], right=[1, 2])
     output.line()
     output.table(
         ["memory of a device", "bytes", "part", "of what"],
@@ -150,6 +152,8 @@ def _facts(
     mesh = format_mesh(found.current.sizes)
     if found.current.sizes == best.sizes:
         change = "the same mesh, nothing to change"
+        if config.mesh.auto:
+            change = "the one that is chosen, with auto = true"
     else:
         change = _class_words(found, found.current.sizes, best.sizes)
     facts = {
@@ -167,7 +171,7 @@ def _facts(
     return facts
 
 
-def _rivals(found: Findings) -> Iterator[tuple[str, str, str, str]]:
+def _rivals(found: Findings) -> Iterator[tuple[str, ...]]:
     """The meshes that were compared, the config's among them."""
     plan, current = found.plan, found.current
     rows = [(plan.best, "chosen"), *plan.runners_up, *plan.too_large]
@@ -178,12 +182,13 @@ def _rivals(found: Findings) -> Iterator[tuple[str, str, str, str]]:
         rows.append((current, why))
     for choice, why in rows:
         own = "; the config's mesh" if choice.sizes == current.sizes else ""
-        yield _rival(choice, why + own)
+        yield _rival(found, current, choice, why + own)
 
 
-def _rival(choice: Choice, why: str) -> tuple[str, str, str, str]:
+def _rival(found: Findings, old: Choice, choice: Choice, why: str) -> tuple[str, ...]:
     step, memory = _format_s(choice.step_s), format_bytes(choice.memory_bytes)
-    return format_mesh(choice.sizes), step, memory, why
+    bits = found.consistency(old.sizes, choice.sizes)
+    return format_mesh(choice.sizes), step, memory, bits, why
 
 
 def _shares(
@@ -227,7 +232,7 @@ def _show_loss(
     )
     slower = best.step_s / old.step_s
     num = found.topology.num_devices - lost
-    rows = {
+    facts = {
         "best mesh": format_mesh(best.sizes),
         "step time": f"{_format_s(best.step_s)}, ×{slower:.2f}; MFU "
         f"{found.mfu(best):.0%}, predicted",
@@ -237,15 +242,12 @@ def _show_loss(
         "bits": _class_words(found, old.sizes, best.sizes),
         "idle": f"{after.plan.num_idle or 'none'} of {num} devices",
     }
-    output.facts(rows)
+    output.facts(facts)
     _notes(after.plan.notes, output)
     output.line()
     others = [(best, "chosen"), *after.plan.runners_up, *after.plan.too_large]
-    output.table(
-        ["mesh", "step", "memory", "why not"],
-        [_rival(choice, why) for choice, why in others],
-        right=[1, 2],
-    )
+    rows = [_rival(found, old, choice, why) for choice, why in others]
+    output.table(_RIVALS, rows, right=[1, 2])
 
 
 def _notes(notes: Sequence[str], output: Output) -> None:

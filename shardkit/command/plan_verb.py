@@ -7,7 +7,6 @@ used.
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 
 from shardkit import config as configs
@@ -30,7 +29,8 @@ exit codes:
   0    there is a mesh that fits
   2    none fits, or bad input: a message says what would do
 """
-_UNITS = {"GB": 1e9, "GiB": 2.0**30, "MB": 1e6, "MiB": 2.0**20, "TB": 1e12}
+# `shardkit.mesh` has them too, and would import JAX.
+_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hbm",
         metavar="SIZE",
         type=_size,
-        help="the memory of a device, such as 80GB [the profile's]",
+        help="the memory of a device, such as 80GB [mesh.memory, or the profile's]",
     )
     parser.add_argument(
         "--profile",
         metavar="NAME",
-        default="h100",
         help=f"what a device can do: {', '.join(profile_names())}, or a file of yours "
-        "(.toml) [h100]",
+        "(.toml) [mesh.profile of the config, or h100]",
     )
     parser.add_argument(
         "--devices-per-host",
@@ -68,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also plan how to go on with K devices fewer",
     )
     parser.add_argument(
+        "--axes",
+        metavar="LIST",
+        type=_axes,
+        help=f"whose sizes to look for, of {','.join(_AXES)}; of the others, data "
+        "and fsdp are 1 and the rest as in the config [all that the model can use]",
+    )
+    parser.add_argument(
         "--consistency",
         choices=("exact", "fast"),
         help="keep the bits, or not [train.consistency of the config]",
@@ -77,7 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Plans one config."""
     config = configs.load(arguments.config)
+    mesh = config.mesh
+    arguments.profile = arguments.profile or mesh.profile or "h100"
     profile = load_profile(arguments.profile)
+    memory = arguments.hbm or mesh.memory_bytes or profile.memory_bytes
     num_devices = arguments.devices or config.devices
     if num_devices is None:
         raise ConfigError(
@@ -91,22 +100,26 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             f"are, found {num_lost}"
         )
     # What follows needs JAX, and what is above is refused without waiting for that.
+    from shardkit import build
     from shardkit.command.plan_findings import find
     from shardkit.command.plan_job import find_modules, read_job
     from shardkit.command.plan_tables import document, show
-    from shardkit.mesh import MeshSpec
     from shardkit.planner.meshes import Topology
 
     find_modules()
-    spec = MeshSpec(**configs.to_dict(config)["mesh"])
+    asked = build.build_mesh(mesh)
     found = find(
-        read_job(config, arguments.consistency or config.train.consistency),
-        Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
-        dataclasses.replace(
-            profile, memory_bytes=arguments.hbm or profile.memory_bytes
+        read_job(
+            config,
+            arguments.consistency or config.train.consistency,
+            axes=arguments.axes,
+            platform="cpu" if profile.is_shared else "gpu",
         ),
-        current=spec.sizes(num_devices),
+        Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
+        dataclasses.replace(profile, memory_bytes=memory),
+        current=None if mesh.auto else asked.sizes(num_devices),
         num_lost=num_lost,
+        keeps_groups=not mesh.allow_equivalent,
         remaining_steps=config.train.steps,
     )
     if output.as_json:
@@ -116,18 +129,23 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _size(text: str) -> float:
-    """Reads a size of memory.
+def _axes(text: str) -> tuple[str, ...]:
+    """Reads names of mesh axes.
 
-    >>> _size("80GB"), _size("1.5 GiB")
-    (80000000000.0, 1610612736.0)
+    >>> _axes("data,fsdp")
+    ('data', 'fsdp')
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    size = float(match[1]) * units.get(match[2].lower(), 0.0) if match else 0.0
-    if not size:
+    names = tuple(name.strip() for name in text.split(","))
+    wrong = [name for name in names if name not in _AXES]
+    if wrong:
         raise argparse.ArgumentTypeError(
-            f"expected a size above 0 in {', '.join(_UNITS)}, such as 80GB, "
-            f"found {text!r}"
+            f"expected some of {','.join(_AXES)}, such as data,fsdp; found {text!r}"
         )
-    return size
+    return names
+
+
+def _size(text: str) -> float:
+    try:
+        return configs.parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

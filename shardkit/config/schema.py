@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from shardkit.config.mesh import MeshSection
 from shardkit.config.toml import dump_toml
 from shardkit.errors import ConfigError
 from shardkit.ramp import BatchRamp
@@ -17,7 +18,6 @@ __all__ = [
     "BUILT_IN_DATA",
     "CheckpointSection",
     "DataSection",
-    "MeshSection",
     "ModelSection",
     "OptimizerSection",
     "RunConfig",
@@ -204,20 +204,6 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MeshSection:
-    """Sizes of the mesh axes; `data` or `fsdp` may be -1 and takes what is left.
-
-    What fits which number of devices is decided, and refused, by `MeshSpec`.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    expert: int = 1
-    context: int = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSection:
     """How long, from which seed, how exactly, and what is looked at on the way."""
 
@@ -231,6 +217,8 @@ class TrainSection:
     """Which changes of devices are checked by running one step on both sides."""
     ema: float | None = None
     """Decay of an average of the weights, which evaluation then uses."""
+    offload: bool = False
+    """Keeps the optimizer's state in host memory but for its update."""
     loss_scale: float | None = None
     """A constant the loss is multiplied by before the gradient is taken."""
     strict: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 from shardkit.errors import ConfigError
 from shardkit.mesh import GROUP_AXES, MESH_AXES, MeshSpec
 from shardkit.planner.meshes import Meshes, Topology
+from shardkit.words import format_mesh
 
 __all__ = ["Choice", "Plan", "make_plan"]
 
@@ -163,7 +164,10 @@ def make_plan(
     if idle:
         why = "no mesh of all of them fits"
         if whole is not None:
-            why = f"with all of them, {whole}: {_why_slower(best, whole, topology)}"
+            same = (whole.num_microbatches, whole.remat, whole.offload)
+            is_alike = same == (best.num_microbatches, best.remat, best.offload)
+            other = format_mesh(whole.sizes) if is_alike else whole
+            why = f"with all of them, {other}: {_why_slower(best, whole, topology)}"
         notes.append(f"{idle} of {topology.num_devices} devices stay idle; {why}")
     if len(set(counts)) > 1:
         notes.append(
@@ -188,7 +192,7 @@ def _why_slower(best: Choice, other: Choice, topology: Topology) -> str:
         part: other.time_s.get(part, 0.0) - best.time_s.get(part, 0.0)
         for part in {**best.time_s, **other.time_s}
     }
-    parts["moving"] = other.extra_s - best.extra_s
+    parts["moving, spread over the steps that are left,"] = other.extra_s - best.extra_s
     part = max(parts, key=lambda name: parts[name])
     ratio = _ratio(best, other)
     if parts[part] <= 0 or other.total_s <= best.total_s:

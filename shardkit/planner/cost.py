@@ -11,25 +11,21 @@ References:
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from shardkit.mesh import GROUP_AXES
-from shardkit.planner.memory import (
-    BUCKET_BYTES,
-    memory,
-    state_bytes,
-    state_exchanges,
-    whole_bytes,
-)
+from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
+from shardkit.planner.memory import BUCKET_BYTES, memory, state_bytes
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import ModelFacts
-from shardkit.planner.profile import HardwareProfile
+from shardkit.planner.profile import ALONE, HardwareProfile
 
-__all__ = ["Costs", "microbatch_time_s", "predict"]
+__all__ = ["Costs", "predict"]
 
-_SENT = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+_TEMPORARY = ("gathered", "sums", "gradient", "activations", "adding up")
 # What a step reads and writes per accumulator element of a microbatch: the gradient,
 # and each accumulator twice.
 _BYTES_TO_ADD = {True: 4 + 4 * 4, False: 4 + 2 * 4}
@@ -79,17 +75,26 @@ def predict(
     """
     links = {axis: _link(axis, meshes, profile, topology) for axis in meshes.sizes}
     share = _share(meshes, profile)
+    products_s, others_s = _microbatch_s(facts, meshes, profile)
+    alone = profile.alone_fraction
+    rounds = {part: _rounds(meshes, profile, alone[part]) for part in ALONE}
+    kinds = memory(facts, meshes, exact=exact)
+    floats = kinds["sums"] / (2 if exact else 1)
     time_s = {
-        "compute": meshes.rounds * microbatch_time_s(facts, meshes, profile),
-        "adding gradients": meshes.rounds
-        * whole_bytes(facts.params, meshes, 4)
+        "compute": rounds["products"] * products_s + rounds["others"] * others_s,
+        # One device alone has use for all of the memory.
+        "adding gradients": _rounds(meshes, profile, 1.0)
+        * floats
         / 4
         * _BYTES_TO_ADD[exact]
-        / _memory_speed(profile)
+        / profile.memory_bytes_s,
+        "packing": _packed_bytes(kinds, floats, meshes)
+        / profile.memory_bytes_s
         * share,
-        "update": _update_bytes(facts, meshes) / _memory_speed(profile) * share,
-        "overhead": profile.step_overhead_s
-        + meshes.rounds * profile.microbatch_overhead_s,
+        "allocating": _fresh_bytes(kinds) * profile.fresh_byte_s * share,
+        "update": _update_bytes(facts, meshes) / profile.memory_bytes_s * share,
+        "overhead": profile.step_overhead_s * share
+        + rounds["others"] * profile.microbatch_overhead_s,
     }
     sent: dict[str, Any] = {}
     for axis, (bandwidth, latency) in links.items():
@@ -97,31 +102,34 @@ def predict(
         n = meshes.sizes[axis]
         sent[axis] = num_bytes
         delay = np.where(n > 1, calls * latency * np.ceil(np.log2(np.maximum(n, 2))), 0)
-        time_s[f"over {axis}"] = num_bytes / bandwidth * share + delay
+        time_s[f"over {axis}"] = (num_bytes / bandwidth + delay) * share
     away = np.where(meshes.offload, 2 * state_bytes(facts, meshes)["optimizer"], 0.0)
     offload = profile.links["offload"]
     time_s["offload"] = away / offload.bandwidth_bytes_s * share
-    return Costs(memory(facts, meshes, exact=exact), time_s, sent)
+    return Costs(kinds, time_s, sent)
 
 
-def microbatch_time_s(
+def _microbatch_s(
     facts: ModelFacts, meshes: Meshes, profile: HardwareProfile
-) -> Any:
-    """Seconds of the gradient of one microbatch, by the roofline."""
+) -> tuple[Any, Any]:
+    """Seconds of the gradient of one microbatch: of its products, and between them.
+
+    Products are limited by arithmetic or by memory, and what is between them by memory;
+    they take turns. On a shared host this is what it takes of the whole host.
+    """
+    work = facts.work
     flop_s = np.zeros(len(meshes))
-    for (dtype, axes), amount in facts.work.flops.items():
+    for (dtype, axes), amount in work.flops.items():
         count = math.prod(meshes.sizes[axis] for axis in axes)
-        flop_s += amount / count / (profile.peak(dtype) * profile.flops_fraction)
-    num_bytes = facts.work.share(facts.work.product_bytes, meshes.sizes)
-    written = facts.work.share(facts.work.other_bytes, meshes.sizes)
+        flop_s += amount / count / profile.flops_s(dtype)
+    product_s = work.share(work.product_bytes, meshes.sizes) / profile.memory_bytes_s
     # What is written is read again.
-    num_bytes = num_bytes + 2 * profile.written_fraction * written
-    memory_s = num_bytes / _memory_speed(profile)
-    return np.maximum(flop_s, memory_s) * _share(meshes, profile)
-
-
-def _memory_speed(profile: HardwareProfile) -> float:
-    return profile.memory_bandwidth_bytes_s * profile.memory_fraction
+    written = 2 * profile.written_fraction * work.share(work.other_bytes, meshes.sizes)
+    overhead_s = work.num_products * profile.product_overhead_s
+    return (
+        np.maximum(flop_s, product_s),
+        overhead_s + written / profile.memory_bytes_s,
+    )
 
 
 def _share(meshes: Meshes, profile: HardwareProfile) -> Any:
@@ -129,6 +137,24 @@ def _share(meshes: Meshes, profile: HardwareProfile) -> Any:
     if not profile.is_shared:
         return 1.0
     return np.minimum(meshes.num_devices, profile.devices_per_host)
+
+
+def _rounds(meshes: Meshes, profile: HardwareProfile, alone: float) -> Any:
+    """How many microbatches it takes as long as, one after the other.
+
+    Those that share a host leave it to the others when they are done, so that it
+    computes all of its microbatches, however they are dealt out; but a device that
+    is alone has a part of it only.
+    """
+    if not profile.is_shared:
+        return meshes.rounds
+    per_host = profile.devices_per_host
+    groups = meshes.sizes["data"] * meshes.sizes["fsdp"]
+    groups = np.minimum(groups, np.maximum(per_host // meshes.inner, 1))
+    together = np.minimum(meshes.rounds * groups, meshes.num_microbatches)
+    return np.maximum(
+        together * np.minimum(meshes.inner, per_host), meshes.rounds / alone
+    )
 
 
 def _link(
@@ -153,16 +179,24 @@ def _sent(axis: str, facts: ModelFacts, meshes: Meshes, exact: bool) -> tuple[An
             calls = calls + np.ceil(exchange.num_bytes / BUCKET_BYTES)
     if axis not in GROUP_AXES:
         return num_bytes, calls
-    n = meshes.sizes[axis]
-    for (kind, over, axes), amount in facts.work.exchanges.items():
-        if over == axis:
-            count = math.prod(meshes.sizes[a] for a in axes)
-            part = _SENT[kind] * amount / count * (n - 1) / n
-            num_bytes = num_bytes + meshes.rounds * part
-    return num_bytes, calls + meshes.rounds * facts.work.calls[axis]
+    for exchange in microbatch_exchanges(facts, meshes, exact=exact):
+        if exchange.axis == axis:
+            num_bytes = num_bytes + meshes.rounds * exchange.sent_bytes
+    return num_bytes, calls + meshes.rounds * facts.work.calls(axis)
 
 
 def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:
     """An update reads the gradient, and reads and writes all the state."""
     kept = state_bytes(facts, meshes)
     return 3 * kept["params"] + 2 * kept["optimizer"]
+
+
+def _fresh_bytes(kinds: Mapping[str, Any]) -> Any:
+    """What a step has only while it runs."""
+    return sum(kinds[kind] for kind in _TEMPORARY)
+
+
+def _packed_bytes(kinds: Mapping[str, Any], floats: Any, meshes: Meshes) -> Any:
+    """Parameters are unpacked; sums are set to zero, packed, and made floats again."""
+    made = (kinds["sums"] + floats) / meshes.sizes["fsdp"]
+    return 2 * kinds["gathered"] + 3 * kinds["sums"] + made

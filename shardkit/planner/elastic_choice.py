@@ -91,6 +91,7 @@ def choose_next(
     remaining_steps: int,
     num_lost: int = 0,
     memory_limit_bytes: float | None = None,
+    min_devices: int = 1,
 ) -> ElasticPlan:
     """Chooses the mesh with which the run is done soonest.
 
@@ -106,6 +107,7 @@ def choose_next(
         remaining_steps: How many steps there still are.
         num_lost: How many devices of the old mesh are gone.
         memory_limit_bytes: As in `search`.
+        min_devices: Likewise.
 
     Raises:
         ConfigError: If no mesh fits, or nothing is left to do.
@@ -126,6 +128,7 @@ def choose_next(
         topology,
         profile,
         memory_limit_bytes=memory_limit_bytes,
+        min_devices=min_devices,
         extra_s=extra_s,
     )
     return ElasticPlan(

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.extend import core
 
-from shardkit.planner.ledger import Cut, Ledger, bytes_of
+from shardkit.planner.ledger import Cut, Entry, Ledger, axes_in, bytes_of, joined
 
 __all__ = ["Cuts", "avals_of", "convolution", "gather", "product", "settle"]
 
@@ -18,15 +18,14 @@ Cuts = list[Cut]
 
 def settle(aval: Any, cut: Cut, ledger: Ledger, like: Cut | None = None) -> Cut:
     """Turns addends into sums: in pieces where `like` has pieces, else everywhere."""
-    dims = list(cut.dims)
     for axis in sorted(cut.partial):
-        place = like.dims.index(axis) if like and axis in like.dims else -1
-        if place >= 0 and dims[place] is None:
-            ledger.exchange("reduce-scatter", axis, aval, cut)
-            dims[place] = axis
-        else:
-            ledger.exchange("all-reduce", axis, aval, cut)
-    return Cut(tuple(dims))
+        place = like.place(axis) if like else -1
+        has_piece = place >= 0 and axis not in cut.axes
+        scatters = has_piece and ledger.habits.scatters
+        ledger.exchange("reduce-scatter" if scatters else "all-reduce", axis, aval, cut)
+        if has_piece:
+            cut = cut.cut_at(place, axis)
+    return Cut(cut.dims)
 
 
 def gather(aval: Any, cut: Cut, axis: str, ledger: Ledger) -> Cut:
@@ -52,12 +51,18 @@ def product(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cuts]:
     cuts = _settle_pair(avals, ins, matched, ledger)
     # An axis may cut one dim on its own, or one that both have.
     for axis in sorted(cuts[0].axes & cuts[1].axes):
-        place = cuts[0].dims.index(axis), cuts[1].dims.index(axis)
-        if place not in matched:
-            smaller = 0 if bytes_of(avals[0]) < bytes_of(avals[1]) else 1
-            cuts[smaller] = gather(avals[smaller], cuts[smaller], axis, ledger)
-    summed = {cuts[0].dims[i] for i in left_sum} | {cuts[1].dims[i] for i in right_sum}
-    used: list[str | None] = [cuts[0].dims[i] or cuts[1].dims[j] for i, j in pairs[1]]
+        if (cuts[0].place(axis), cuts[1].place(axis)) not in matched:
+            cuts = _reconcile(avals, cuts, axis, pairs[1], ledger)
+    summed = {
+        axis
+        for cut, places in ((cuts[0], left_sum), (cuts[1], right_sum))
+        for place in places
+        for axis in axes_in(cut.dims[place])
+    }
+    used: list[Entry] = [
+        joined(dict.fromkeys((*axes_in(cuts[0].dims[i]), *axes_in(cuts[1].dims[j]))))
+        for i, j in pairs[1]
+    ]
     for cut, sums, batch in (
         (cuts[0], left_sum, left_batch),
         (cuts[1], right_sum, right_batch),
@@ -68,7 +73,7 @@ def product(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cuts]:
     num_terms = math.prod(avals[0].shape[i] for i in left_sum)
     work = 2 * math.prod(out.shape) * num_terms
     _count_product(eqn, work, axes, [*cuts, Cut(tuple(used))], ledger)
-    return cuts, [Cut(tuple(used), frozenset(a for a in summed if a))]
+    return cuts, [Cut(tuple(used), frozenset(summed))]
 
 
 def _settle_pair(
@@ -77,10 +82,31 @@ def _settle_pair(
     """Makes sums of addends, in the pieces in which the other operand is cut."""
     cuts = list(ins)
     for me, other in ((0, 1), (1, 0)):
-        like: list[str | None] = [None] * len(cuts[me].dims)
+        like: list[Entry] = [None] * len(cuts[me].dims)
         for pair in matched:
             like[pair[me]] = cuts[other].dims[pair[other]]
         cuts[me] = settle(avals[me], cuts[me], ledger, Cut(tuple(like)))
+    return cuts
+
+
+def _reconcile(
+    avals: list[Any],
+    cuts: Cuts,
+    axis: str,
+    batch: tuple[tuple[int, int], ...],
+    ledger: Ledger,
+) -> Cuts:
+    """Lets an axis cut two operands in one way that cuts different dims of theirs."""
+    cuts = list(cuts)
+    for pair in batch:
+        for me, other in ((0, 1), (1, 0)):
+            if cuts[other].place(axis) == pair[other]:
+                # The other one is many products, of which each device has some.
+                ledger.exchange("all-to-all", axis, avals[me], cuts[me])
+                cuts[me] = cuts[me].without(axis).cut_at(pair[me], axis)
+                return cuts
+    smaller = 0 if bytes_of(avals[0]) < bytes_of(avals[1]) else 1
+    cuts[smaller] = gather(avals[smaller], cuts[smaller], axis, ledger)
     return cuts
 
 
@@ -89,16 +115,20 @@ def convolution(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cu
     avals, numbers = avals_of(eqn), eqn.params["dimension_numbers"]
     data, kernel = (settle(a, c, ledger) for a, c in zip(avals, ins, strict=True))
     out: Any = eqn.outvars[0].aval
-    dims: list[str | None] = [None] * len(out.shape)
+    dims: list[Entry] = [None] * len(out.shape)
     out_batch, out_feature = numbers.out_spec[:2]
-    dims[out_batch] = data.dims[numbers.lhs_spec[0]]
-    feature = kernel.dims[numbers.rhs_spec[0]]
-    dims[out_feature] = feature if feature != dims[out_batch] else None
-    inner = data.dims[numbers.lhs_spec[1]] or kernel.dims[numbers.rhs_spec[1]]
-    summed = frozenset({inner} - {None, *dims})
+    rows = axes_in(data.dims[numbers.lhs_spec[0]])
+    dims[out_batch] = joined(rows)
+    feature = axes_in(kernel.dims[numbers.rhs_spec[0]])
+    dims[out_feature] = joined(axis for axis in feature if axis not in rows)
+    inner = {
+        *axes_in(data.dims[numbers.lhs_spec[1]]),
+        *axes_in(kernel.dims[numbers.rhs_spec[1]]),
+    }
+    result = Cut(tuple(dims))
+    summed = frozenset(inner - result.axes)
     # Elements of the kernel per output channel.
     terms = math.prod(avals[1].shape) // avals[1].shape[numbers.rhs_spec[0]]
-    result = Cut(tuple(dims))
     axes = result.axes | summed
     work = 2 * math.prod(out.shape) * terms
     _count_product(eqn, work, axes, [data, kernel, result], ledger)
@@ -110,8 +140,9 @@ def _count_product(
 ) -> None:
     avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
     ledger.flops[str(avals[0].dtype), frozenset(axes)] += work
+    ledger.num_products += 1
     for aval, cut in zip(avals, cuts, strict=True):
-        for size, axis in zip(aval.shape, cut.dims, strict=True):
-            if axis:
+        for size, entry in zip(aval.shape, cut.dims, strict=True):
+            for axis in axes_in(entry):
                 ledger.divisors[axis] = math.gcd(ledger.divisors[axis], size)
         ledger.product_bytes[cut.axes] += bytes_of(aval)

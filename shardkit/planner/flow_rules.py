@@ -5,7 +5,7 @@ noting what must be exchanged for it. Invariant: no result is cut twice by one a
 Products are in `flow_products`; the walk over programs is `flow`'s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.extend import core
@@ -18,7 +18,7 @@ from shardkit.planner.flow_products import (
     product,
     settle,
 )
-from shardkit.planner.ledger import Cut, Ledger
+from shardkit.planner.ledger import Cut, Entry, Ledger, axes_in, joined
 
 __all__ = ["RULES", "default_rule"]
 
@@ -83,21 +83,20 @@ def _elementwise(
 
 def _join(
     avals: list[Any], cuts: Cuts, alike: list[int], ledger: Ledger
-) -> tuple[str | None, ...]:
+) -> tuple[Entry, ...]:
     """Cuts a result as its arguments are; those cut otherwise are dealt out again."""
-    dims: list[str | None] = [None] * len(cuts[alike[0]].dims)
+    out = Cut((None,) * len(cuts[alike[0]].dims))
     for i in alike:
-        for place, axis in enumerate(cuts[i].dims):
-            if axis is None or dims[place] == axis:
-                continue
-            if dims[place] is None and axis not in dims:
-                dims[place] = axis
-            else:
-                ledger.exchange("all-to-all", axis, avals[i], cuts[i])
-    return tuple(dims)
+        for place, entry in enumerate(cuts[i].dims):
+            for axis in axes_in(entry):
+                if out.place(axis) < 0:
+                    out = out.cut_at(place, axis)
+                elif out.place(axis) != place:
+                    ledger.exchange("all-to-all", axis, avals[i], cuts[i])
+    return out.dims
 
 
-def _view(dims: Callable[[core.JaxprEqn, Cut], tuple[str | None, ...]]) -> Rule:
+def _view(dims: Callable[[core.JaxprEqn, Cut], tuple[Entry, ...]]) -> Rule:
     """A rule for what moves elements of its first argument, addends or not."""
 
     def rule(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cuts]:
@@ -106,18 +105,39 @@ def _view(dims: Callable[[core.JaxprEqn, Cut], tuple[str | None, ...]]) -> Rule:
     return rule
 
 
-def _broadcast(eqn: core.JaxprEqn, cut: Cut) -> tuple[str | None, ...]:
-    dims: list[str | None] = [None] * len(eqn.params["shape"])
+def _broadcast(eqn: core.JaxprEqn, cut: Cut) -> tuple[Entry, ...]:
+    dims: list[Entry] = [None] * len(eqn.params["shape"])
     places = eqn.params["broadcast_dimensions"]
     for place, axis, size in zip(places, cut.dims, _shape(eqn.invars[0]), strict=True):
         dims[place] = axis if size == eqn.params["shape"][place] else None
     return tuple(dims)
 
 
-def _reshape(eqn: core.JaxprEqn, cut: Cut) -> tuple[str | None, ...]:
-    """Dims that become one are cut as the first of them that is."""
+def _reshape(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cuts]:
+    """Dims that become one stay cut where each device keeps a run of them.
+
+    That is so for the cuts of the first of them; what cuts a further one is gathered.
+    """
+    aval, cut = avals_of(eqn)[0], ins[0]
     before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    dims: list[str | None] = [None] * len(after)
+    dims: list[Entry] = [None] * len(after)
+    for sources, targets in _runs(before, after):
+        wide = [d for d in sources if before[d] > 1]
+        room = [d for d in targets if after[d] > 1]
+        for place in wide:
+            axes = axes_in(cut.dims[place])
+            if place == wide[0] and room:
+                dims[room[0]] = joined(axes)
+                continue
+            for axis in axes:
+                cut = gather(aval, settle(aval, cut, ledger), axis, ledger)
+    return [cut, *ins[1:]], [Cut(tuple(dims), cut.partial)]
+
+
+def _runs(
+    before: tuple[int, ...], after: tuple[int, ...]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the dims that become which dims."""
     i = j = 0
     while i < len(before) and j < len(after):
         sources, targets = [i], [j]
@@ -130,17 +150,39 @@ def _reshape(eqn: core.JaxprEqn, cut: Cut) -> tuple[str | None, ...]:
                 targets.append(targets[-1] + 1)
                 right *= after[targets[-1]]
             else:
-                return tuple(dims)
-        axis = next((cut.dims[k] for k in sources if cut.dims[k]), None)
-        wide = [k for k in targets if after[k] > 1]
-        if axis and wide:
-            # Rows and positions come apart: it is the positions that were cut.
-            dims[wide[-1] if axis == "context" else wide[0]] = axis
+                return
+        yield sources, targets
         i, j = sources[-1] + 1, targets[-1] + 1
-    return tuple(dims)
 
 
-def _slice(eqn: core.JaxprEqn, cut: Cut) -> tuple[str | None, ...]:
+def _constraint(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cuts]:
+    """Cuts a value as was asked for; what is not named may stay as it is."""
+    aval: Any = eqn.invars[0].aval
+    spec = eqn.params["sharding"].spec
+    free = eqn.params["unconstrained_dims"]
+    entries = [*spec, *[None] * (len(aval.shape) - len(spec))]
+    wanted = {
+        axis: d
+        for d, entry in enumerate(entries)
+        if d not in free and aval.shape[d] > 1
+        for axis in axes_in(entry)
+    }
+    like = Cut(tuple(None if d in free else e for d, e in enumerate(entries)))
+    settled = cut = settle(aval, ins[0], ledger, like)
+    for axis in sorted(settled.axes):
+        place = settled.place(axis)
+        if axis in wanted and wanted[axis] != place:
+            ledger.exchange("all-to-all", axis, aval, cut)
+            cut = cut.without(axis).cut_at(wanted[axis], axis)
+        elif axis not in wanted and place not in free:
+            cut = gather(aval, cut, axis, ledger)
+    for axis, place in wanted.items():
+        if axis not in cut.axes:
+            cut = cut.cut_at(place, axis)
+    return [settled], [cut]
+
+
+def _slice(eqn: core.JaxprEqn, cut: Cut) -> tuple[Entry, ...]:
     """What is cut off at the ends of a dim leaves it cut; a single element does not."""
     out: Any = eqn.outvars[0].aval
     return tuple(a if n > 1 else None for a, n in zip(cut.dims, out.shape, strict=True))
@@ -156,9 +198,9 @@ def _along(*names: str) -> Rule:
             places = eqn.params.get(name, ())
             for place in places if isinstance(places, tuple) else (places,):
                 for i, cut in enumerate(settled):
-                    axis = cut.dims[place] if place < len(cut.dims) else None
-                    if axis is not None:
-                        settled[i] = gather(avals[i], cut, axis, ledger)
+                    entry = cut.dims[place] if place < len(cut.dims) else None
+                    for axis in axes_in(entry):
+                        settled[i] = gather(avals[i], settled[i], axis, ledger)
         return settled, [
             Cut(settled[min(i, len(ins) - 1)].dims) for i in range(len(eqn.outvars))
         ]
@@ -173,7 +215,14 @@ def _reduce(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, Cuts]:
     if not is_sum:
         cut = settle(aval, cut, ledger)
     dims = tuple(a for i, a in enumerate(cut.dims) if i not in places)
-    over = frozenset(a for i, a in enumerate(cut.dims) if i in places and a)
+    over = Cut(tuple(a for i, a in enumerate(cut.dims) if i in places)).axes
+    if over and eqn.primitive.name in ("argmax", "argmin"):
+        # Each device's best, and where that is.
+        for axis in sorted(over):
+            size = Cut(dims)
+            ledger.collect(axis, eqn.outvars[0].aval.update(dtype=aval.dtype), size)
+            ledger.collect(axis, eqn.outvars[0].aval, size)
+        return [cut, *ins[1:]], [Cut(dims)]
     out = Cut(dims, cut.partial | over)
     if not is_sum:
         out = settle(eqn.outvars[0].aval, out, ledger)
@@ -216,19 +265,20 @@ def _gather_rule(eqn: core.JaxprEqn, ins: Cuts, ledger: Ledger) -> tuple[Cuts, C
     out: Any = eqn.outvars[0].aval
     hidden = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     kept = [d for d in range(len(table.dims)) if d not in hidden]
-    dims: list[str | None] = [None] * len(out.shape)
+    dims: list[Entry] = [None] * len(out.shape)
     for place, dim in zip(numbers.offset_dims, kept, strict=True):
         dims[place] = table.dims[dim]
     rest = [d for d in range(len(dims)) if d not in numbers.offset_dims]
-    for place, axis in zip(rest, index.dims, strict=False):
-        dims[place] = axis if axis not in dims else None
-    over = {table.dims[d] for d in hidden if table.dims[d]} - set(dims)
-    return [table, index], [Cut(tuple(dims), frozenset(a for a in over if a))]
+    for place, entry in zip(rest, index.dims, strict=False):
+        taken = Cut(tuple(dims)).axes
+        dims[place] = joined(axis for axis in axes_in(entry) if axis not in taken)
+    over = Cut(tuple(table.dims[d] for d in hidden)).axes - Cut(tuple(dims)).axes
+    return [table, index], [Cut(tuple(dims), over)]
 
 
 RULES: dict[str, Rule] = {
     "broadcast_in_dim": _view(_broadcast),
-    "reshape": _view(_reshape),
+    "reshape": _reshape,
     "transpose": _view(
         lambda eqn, cut: tuple(cut.dims[i] for i in eqn.params["permutation"])
     ),
@@ -237,7 +287,7 @@ RULES: dict[str, Rule] = {
             a for i, a in enumerate(cut.dims) if i not in eqn.params["dimensions"]
         )
     ),
-    "expand_dims": _view(_reshape),
+    "expand_dims": _reshape,
     "slice": _view(_slice),
     "dynamic_slice": _view(_slice),
     "pad": _view(_slice),
@@ -246,6 +296,7 @@ RULES: dict[str, Rule] = {
     "stack": _stack,
     "unstack": _unstack,
     "gather": _gather_rule,
+    "sharding_constraint": _constraint,
     "dot_general": product,
     "conv_general_dilated": convolution,
     **dict.fromkeys(

@@ -4,7 +4,7 @@ Owns the peak of a jaxpr's own values, those of loops and branches included. It 
 of a compiler that runs the equations in their order, fuses what works elementwise into
 its readers, and writes a result where an argument of its size is no longer needed. Real
 ones reorder and lay out, so that it is an estimate: beside XLA's for the CPU it was
-found within a quarter for most models. `compiled_peak_bytes` asks the compiler itself.
+found within a quarter for most models. `compile_microbatch` asks the compiler itself.
 """
 
 import dataclasses

@@ -104,6 +104,10 @@ class Meshes:
         """How many devices compute one microbatch together."""
         return np.prod([self.sizes[axis] for axis in MESH_AXES[2:]], axis=0)
 
+    def offloaded(self) -> "Meshes":
+        """The same, with the optimizer's state in host memory."""
+        return dataclasses.replace(self, offload=np.ones(len(self), bool))
+
     def take(self, where: Any) -> "Meshes":
         """Some of them."""
         return Meshes(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from shardkit.mesh import GROUP_AXES
 from shardkit.planner.ledger import Axes, Ledger
 
 __all__ = ["Leaf", "ModelFacts"]
@@ -57,8 +58,9 @@ class ModelFacts:
         residuals: Axes → bytes that the backward pass keeps, parameters and the
             batch apart, on devices that cut them along these axes.
         peak_bytes: What is alive at the peak of the gradient of a microbatch on one
-            device, beside parameters, the batch and the gradient itself: an estimate,
-            unless it is replaced by `compiled_peak_bytes`.
+            device, beside parameters, the batch and the gradient itself: an estimate.
+        known_peaks: Sizes of the axes of a group, in the order of `GROUP_AXES` → the
+            same on a device of such a group, as a compiler says it.
         num_norm_leaves: How many leaves that `fsdp` cuts an update sums up wholly, as
             norms do; a leaf counts once for each of them.
         num_clip_leaves: How many of these sums are of squares of the gradient itself,
@@ -80,6 +82,9 @@ class ModelFacts:
     num_norm_leaves: int
     num_clip_leaves: int
     divisors: Mapping[str, int]
+    known_peaks: Mapping[tuple[int, ...], float] = dataclasses.field(
+        default_factory=dict
+    )
     notes: tuple[str, ...] = ()
 
     @property
@@ -98,7 +103,14 @@ class ModelFacts:
             forward=self.forward.scaled(factor),
             residuals={axes: n * factor for axes, n in self.residuals.items()},
             peak_bytes=self.peak_bytes * factor,
+            known_peaks={n: size * factor for n, size in self.known_peaks.items()},
         )
+
+    def with_peak(self, group: Mapping[str, int], peak_bytes: float) -> "ModelFacts":
+        """The same, with what a compiler said of a microbatch of such a group."""
+        sizes = tuple(group.get(axis, 1) for axis in GROUP_AXES)
+        peaks = {**self.known_peaks, sizes: peak_bytes}
+        return dataclasses.replace(self, known_peaks=peaks)
 
     @property
     def residual_bytes(self) -> float:

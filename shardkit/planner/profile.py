@@ -15,10 +15,22 @@ from typing import Any
 
 from shardkit.errors import ConfigError
 
-__all__ = ["LINKS", "HardwareProfile", "Link", "load_profile", "profile_names"]
+__all__ = [
+    "ALONE",
+    "LINKS",
+    "HardwareProfile",
+    "Link",
+    "load_profile",
+    "profile_names",
+    "profile_table",
+    "read_profile",
+]
 
 LINKS = ("inside", "between", "offload")
 """Between the devices of a host, between hosts, and to a device's own host memory."""
+
+ALONE = ("products", "others")
+"""Matrix products and convolutions, and all that is between them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,10 +59,16 @@ class HardwareProfile:
         is_shared: Whether the devices of a host are its threads: all figures are then
             those of the host, which the devices in use divide among them.
         links: `LINKS` → what one device gets of it.
-        flops_fraction: What products reach of the peak.
+        flops_fraction: Dtype → what large products reach of the peak.
+        product_overhead_s: What any product takes beside its work, and what is fused
+            around it: small ones reach less of the peak.
         memory_fraction: What is reached of the bandwidth of memory.
-        written_fraction: Which part of what operations other than products write
-            reaches memory; the rest is fused away.
+        written_fraction: What operations other than products write costs, beside
+            writing and reading it: less where they are fused, more where they compute.
+        fresh_byte_s: What a byte of memory takes that a step is given anew, where
+            pages are made when they are first used: 0 on accelerators.
+        alone_fraction: `ALONE` → what one device has of a shared host if no other is
+            busy: products may use its cores even so.
         step_overhead_s: What a step takes on any number of devices.
         microbatch_overhead_s: What a microbatch takes beside its work.
         start_s: What it takes to change over to another mesh beside moving the state.
@@ -64,9 +82,12 @@ class HardwareProfile:
     peak_flops_s: Mapping[str, float]
     is_shared: bool
     links: Mapping[str, Link]
-    flops_fraction: float
+    flops_fraction: Mapping[str, float]
+    product_overhead_s: float
     memory_fraction: float
     written_fraction: float
+    fresh_byte_s: float
+    alone_fraction: Mapping[str, float]
     step_overhead_s: float
     microbatch_overhead_s: float
     start_s: float
@@ -76,10 +97,25 @@ class HardwareProfile:
         """The peak for a dtype; for one that is not named, that of float32."""
         return self.peak_flops_s.get(dtype, self.peak_flops_s["float32"])
 
+    def flops_s(self, dtype: str) -> float:
+        """What large products of a dtype reach."""
+        fractions = self.flops_fraction
+        return self.peak(dtype) * fractions.get(dtype, fractions["float32"])
+
+    @property
+    def memory_bytes_s(self) -> float:
+        """What is reached of the bandwidth of memory."""
+        return self.memory_bandwidth_bytes_s * self.memory_fraction
+
 
 _DATASHEET = ("devices_per_host", "memory_bytes", "memory_bandwidth_bytes_s")
-_MEASURED = ("step_overhead_s", "microbatch_overhead_s", "start_s")
-_FRACTIONS = ("flops_fraction", "memory_fraction", "written_fraction")
+_SECONDS = (
+    "product_overhead_s",
+    "fresh_byte_s",
+    "step_overhead_s",
+    "microbatch_overhead_s",
+    "start_s",
+)
 
 
 def profile_names() -> list[str]:
@@ -107,6 +143,12 @@ def load_profile(name: str | Path) -> HardwareProfile:
         >>> load_profile("h200").devices_per_host
         8
     """
+    table, where = profile_table(name)
+    return read_profile(table, where)
+
+
+def profile_table(name: str | Path) -> tuple[dict[str, Any], str]:
+    """Reads a profile's file, and returns also where it was; see `load_profile`."""
     path = Path(name)
     if path.suffix != ".toml":
         if str(name) not in profile_names():
@@ -117,15 +159,23 @@ def load_profile(name: str | Path) -> HardwareProfile:
         folder = importlib.resources.files("shardkit.planner") / "profiles"
         path = Path(str(folder / f"{name}.toml"))
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8")), str(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    return _read(table, str(path))
 
 
-def _read(table: Mapping[str, Any], where: str) -> HardwareProfile:
+def read_profile(table: Mapping[str, Any], where: str) -> HardwareProfile:
+    """Makes a profile of the table in its file.
+
+    Args:
+        table: The table.
+        where: What an error calls it.
+
+    Raises:
+        ConfigError: Naming all that is wrong with it.
+    """
     problems: list[str] = []
     root = _Table(table, "", problems)
     name = root.text("name")
@@ -142,11 +192,20 @@ def _read(table: Mapping[str, Any], where: str) -> HardwareProfile:
         for link in LINKS
     }
     values: dict[str, Any] = {key: sheet.number(key) for key in _DATASHEET}
-    values |= {key: measured.number(key, most=1.0) for key in _FRACTIONS}
-    values |= {key: measured.number(key, least=0.0) for key in _MEASURED}
+    values["memory_fraction"] = measured.number("memory_fraction", most=1.0)
+    alone = measured.table("alone_fraction")
+    values["alone_fraction"] = {part: alone.number(part, most=1.0) for part in ALONE}
+    values |= {key: measured.number(key, least=0.0) for key in _SECONDS}
+    values["written_fraction"] = measured.number("written_fraction", least=0.0)
+    products = measured.table("flops_fraction")
+    values["flops_fraction"] = {
+        dtype: products.number(dtype, most=1.0)
+        for dtype in {"float32", *products.given}
+    }
     values["is_shared"] = sheet.flag("is_shared")
     values["measured_by"] = measured.text("by")
-    for part in (root, sheet, measured, peaks, speeds, reached, latencies):
+    inner = (peaks, speeds, products, alone, reached, latencies)
+    for part in (root, sheet, measured, *inner):
         part.refuse_the_rest()
     if problems:
         raise ConfigError(f"{where}:" + "".join(f"\n  {line}" for line in problems))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from shardkit.annotations import LeafAxes, read_axes, strip
 from shardkit.errors import ConfigError
@@ -19,7 +19,8 @@ from shardkit.mesh import GROUP_AXES
 from shardkit.model import Model, call_loss
 from shardkit.model_state import split_variables
 from shardkit.planner.flow import follow
-from shardkit.planner.ledger import Cut, bytes_of
+from shardkit.planner.flow_products import gather, settle
+from shardkit.planner.ledger import Cut, Habits, Ledger, bytes_of
 from shardkit.planner.model_facts import Leaf, ModelFacts
 from shardkit.planner.traces import count_norms, kept_bytes, peak_beside
 from shardkit.state import find_place
@@ -35,16 +36,19 @@ def read_model(
     *,
     axis_rules: AxisRules | None = None,
     path_rules: Mapping[Any, Any] | None = None,
+    habits: Habits | None = None,
 ) -> ModelFacts:
     """Reads a model, without computing anything.
 
     Args:
         model: What a model factory returns.
-        microbatch: The arrays of one microbatch, abstract or not: rows first. The
-            second dim of whole numbers is the sequence, which `context` cuts.
+        microbatch: The arrays of one microbatch, abstract or not: rows first. Every
+            device of a group has all of them; what the axes of a group cut is what
+            the model asks for with `constrain`, and what follows from parameters.
         tx: The optimizer, any optax transformation.
         axis_rules: Logical axis → mesh axis; None for the model's own.
         path_rules: As `read_axes` takes them.
+        habits: Of the compiler; None for that of a GPU.
 
     Raises:
         ConfigError: If the loss or the optimizer cannot be traced with these shapes.
@@ -66,19 +70,23 @@ def read_model(
     rules = model.axis_rules if axis_rules is None else axis_rules
     variables, args = arguments(model, microbatch)
     said = [read_axes(part, path_rules) for part in split_variables(variables)]
-    params, state, microbatch, _ = args
-    rules, notes = _divisible([*said[0], *said[1]], rules, microbatch)
+    params, state, microbatch, key = args
+    rules, notes = _divisible([*said[0], *said[1]], rules)
     leaves = [
         _leaves(part, names, rules)
         for part, names in zip((params, state), said, strict=True)
     ]
-    cuts = [
-        *(Cut(_inner(leaf.cuts)) for part in leaves for leaf in part),
-        *_batch_cuts(microbatch, rules),
-        Cut(()),
-    ]
-    traced = [trace(fn, args) for fn in _functions(model)]
-    (_, forward), (_, work), (kept, _) = (follow(x.jaxpr, cuts) for x in traced)
+    whole = [Cut.whole(x) for x in jax.tree.leaves((microbatch, key))]
+    cuts = [*(Cut(_inner(leaf.cuts)) for part in leaves for leaf in part), *whole]
+    functions = _functions(model)
+    # Once where no mesh is, as modules that are made meanwhile would see it.
+    trace(functions[0], args)
+    traced = [trace(fn, args, in_group=True) for fn in functions]
+    habits = habits or Habits()
+    (_, forward), (outs, work), (kept, _) = (
+        follow(x.jaxpr, cuts, Ledger(habits=habits)) for x in traced
+    )
+    _settle_results(traced[1], outs, leaves[0], work)
     residuals = kept_bytes(traced[2], kept)
     num_norms, num_clips = count_norms(tx, params, leaves[0])
     rows = {x.shape[0] for x in jax.tree.leaves(microbatch) if x.shape}
@@ -120,14 +128,23 @@ def arguments(model: Model, microbatch: Any) -> tuple[Any, tuple[Any, ...]]:
     return variables, (params, state, microbatch, key)
 
 
-def trace(fn: Any, args: tuple[Any, ...]) -> Any:
+def trace(fn: Any, args: tuple[Any, ...], *, in_group: bool = False) -> Any:
     """Traces a function of a loss's arguments.
+
+    Args:
+        fn: The function.
+        args: Its arguments, as `arguments` returns them.
+        in_group: Whether the jaxpr has the cuts that a model asks for. The axes of a
+            group are there then, with size 1, which divides every dim.
 
     Raises:
         ConfigError: Naming the shapes of the microbatch.
     """
+    sizes = (1,) * len(GROUP_AXES) * in_group
+    axes, kinds = GROUP_AXES[: len(sizes)], (AxisType.Auto,) * len(sizes)
     try:
-        return jax.make_jaxpr(fn)(*args)
+        with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, axes, kinds)):
+            return jax.make_jaxpr(fn)(*args)
     except Exception as error:
         shapes = ", ".join(
             f"{path} {x.dtype}{list(x.shape)}" for path, x in named_leaves(args[2])
@@ -156,8 +173,20 @@ def _num_outputs(model: Model, args: tuple[Any, ...]) -> int:
     return len(jax.tree.leaves(out))
 
 
+def _settle_results(
+    closed: Any, outs: Sequence[Cut], params: Sequence[Leaf], ledger: Ledger
+) -> None:
+    """Adds up what a microbatch leaves: gradients cut as parameters, the rest whole."""
+    num = len(outs) - len(params)
+    wanted = [None] * num + [Cut(_inner(leaf.cuts)) for leaf in params]
+    for var, cut, like in zip(closed.jaxpr.outvars, outs, wanted, strict=True):
+        found = settle(var.aval, cut, ledger, like)
+        for axis in sorted(found.axes - (like.axes if like else frozenset())):
+            gather(var.aval, found, axis, ledger)
+
+
 def _divisible(
-    said: Sequence[LeafAxes], rules: AxisRules, microbatch: Any
+    said: Sequence[LeafAxes], rules: AxisRules
 ) -> tuple[AxisRules, list[str]]:
     """Leaves names whole that would leave an axis no size but 1, saying so."""
     sizes: dict[str, int] = {}
@@ -203,20 +232,6 @@ def _leaves(part: Any, said: Sequence[LeafAxes], rules: AxisRules) -> tuple[Leaf
 def _inner(cuts: Sequence[str | None]) -> tuple[str | None, ...]:
     """The cuts that are seen by a microbatch, for which parameters are gathered."""
     return tuple(axis if axis in GROUP_AXES else None for axis in cuts)
-
-
-def _batch_cuts(microbatch: Any, rules: AxisRules) -> list[Cut]:
-    """Rows by `expert` where there are experts, and sequences by `context`."""
-    has_experts = "expert" in rules.values()
-    found = []
-    for x in jax.tree.leaves(microbatch):
-        dims: list[str | None] = [None] * len(x.shape)
-        if has_experts and x.shape and x.shape[0] > 1:
-            dims[0] = "expert"
-        if len(x.shape) == 2 and np.issubdtype(x.dtype, np.integer):
-            dims[1] = "context"
-        found.append(Cut(tuple(dims)))
-    return found
 
 
 def _opt_leaves(tx: Any, params: Any, leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:

@@ -51,6 +51,7 @@ class Job:
             divisors of the batch.
         exact: Whether gradients are summed as integers.
         may_offload: Whether the optimizer's state may be in host memory.
+        offload: Whether it is, on any mesh.
         fixed: Mesh axis → a size that is given.
 
     Raises:
@@ -62,6 +63,7 @@ class Job:
     num_microbatches: Sequence[int] = ()
     exact: bool = True
     may_offload: bool = False
+    offload: bool = False
     fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -108,6 +110,7 @@ def search(
     *,
     memory_limit_bytes: float | None = None,
     num_runners_up: int = _NUM_TOLD,
+    min_devices: int = 1,
     extra_s: Extra | None = None,
 ) -> Plan:
     """Finds the mesh on which a step takes least.
@@ -118,6 +121,7 @@ def search(
         profile: What they can do.
         memory_limit_bytes: What a step may take of a device; None for nine tenths.
         num_runners_up: How many of the next best meshes are told, with reasons.
+        min_devices: How many have to be in use, such as one of each process.
         extra_s: A model and meshes → seconds to add to a step, such as part of a move.
 
     Raises:
@@ -125,10 +129,10 @@ def search(
     """
     limit = memory_limit_bytes or profile.memory_bytes * KEPT_PART
     found = _Search(job, topology, profile, limit, extra_s)
-    best = found.run(num_runners_up + 1)
+    best = found.run(num_runners_up + 1, min_devices)
     whole = None
     if best.fitting() and best.fitting()[0].num_devices < topology.num_devices:
-        whole = next(iter(found.run(1, uses_all=True).fitting()), None)
+        whole = next(iter(found.run(1, topology.num_devices).fitting()), None)
     return make_plan(best.fitting(), best.too_large(), whole, topology, limit, found)
 
 
@@ -156,8 +160,8 @@ class _Search:
         blocks = [block for block in blocks if len(block.bounds)]
         self._blocks = sorted(blocks, key=lambda block: block.bounds[0])
 
-    def run(self, num: int, *, uses_all: bool = False) -> "_Best":
-        """Finds the best few meshes, of all devices or of any number of them."""
+    def run(self, num: int, min_devices: int) -> "_Best":
+        """Finds the best few meshes of so many devices or more."""
         best = _Best(num, self._limit)
         for block in self._blocks:
             for start in range(0, len(block.bounds), _ROWS):
@@ -170,10 +174,8 @@ class _Search:
                     if bound < best.worst_s
                 ]
                 meshes = self._expand(block, rows) if rows else None
-                if meshes is not None and uses_all:
-                    meshes = meshes.take(
-                        meshes.num_devices == self._topology.num_devices
-                    )
+                if meshes is not None and min_devices > 1:
+                    meshes = meshes.take(meshes.num_devices >= min_devices)
                 if meshes is None or not len(meshes):
                     continue
                 self._offer(best, block, meshes)
@@ -230,10 +232,10 @@ class _Search:
             for row in rows
         ]
         meshes = Meshes.join(found)
-        if not self._job.may_offload:
+        if not (self._job.may_offload or self._job.offload):
             return meshes
-        away = dataclasses.replace(meshes, offload=np.ones(len(meshes), bool))
-        return Meshes.join([meshes, away])
+        away = meshes.offloaded()
+        return away if self._job.offload else Meshes.join([meshes, away])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ __all__ = ["EventsFile"]
 _KEPT = {
     "notice": ("message",),
     "checkpoint": ("step",),
+    "reconfiguring": ("step", "from_mesh", "to_mesh", "consistency"),
     "reconfigure": ("step",),
     "restored": ("step",),
     "rewind": ("step", "repeats", "source"),
@@ -76,7 +77,9 @@ class EventsFile:
 
     def event(self, event: Event) -> None:
         """Writes an event of a run's log, if it is one of those that are kept."""
-        if event.name in _KEPT:
+        if event.name == "plan":
+            self.append("plan", **event.fields)
+        elif event.name in _KEPT:
             fields = {name: event.fields[name] for name in _KEPT[event.name]}
             self.append(event.name, **fields)
 

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from shardkit.words import format_mesh
+
 __all__ = [
     "MetricsFile",
     "StepLike",
     "eval_record",
     "first_step_record",
+    "groups_met",
     "phase_ms",
     "read_records",
     "reconfigure_record",
@@ -30,11 +33,13 @@ _RECONFIGURE_FIELDS = (
     "to_devices",
     "from_mesh",
     "to_mesh",
+    "consistency",
     "bytes_moved",
     "plain_bytes_moved",
     "phases",
     "was_ready",
     "certified",
+    "move_certified",
 )
 
 
@@ -130,6 +135,22 @@ def phase_ms(phases: Iterable[Mapping[str, Any]]) -> dict[str, float]:
         spent_ms = 1e3 * (phase["end_s"] - phase["start_s"])
         found[phase["name"]] = found.get(phase["name"], 0.0) + spent_ms
     return found
+
+
+def groups_met(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lists in which groups of devices steps were computed, each once.
+
+    What is within a group enters the bits, and how many there are does not.
+
+    >>> groups_met([{"mesh": {"data": 2}}, {"mesh": {"fsdp": 3, "tensor": 2}}])
+    ['single device', 'tensor=2']
+    """
+    meshes = [record["mesh"] for record in records if "event" not in record]
+    inner = [
+        {axis: size for axis, size in mesh.items() if axis not in ("data", "fsdp")}
+        for mesh in meshes
+    ]
+    return list(dict.fromkeys(map(format_mesh, inner)))
 
 
 def eval_record(step: int, loss: float) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from shardkit.report.jsonl import write_atomically
 __all__ = ["Leaf", "Piece", "parse_layout", "pieces_of", "write_layout"]
 
 
+_PADDED = "fsdp"
+"""The axis that cuts what it does not divide too."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Leaf:
     """One leaf of the state, apart from any mesh.
@@ -25,7 +29,8 @@ class Leaf:
         path: Where it is in the state.
         shape: Its logical shape.
         dtype: The name of its dtype.
-        cuts: For every dim, the mesh axes that cut it, the slowest first.
+        cuts: For every dim, the mesh axes that cut it, the slowest first; any but
+            `fsdp` only where it divides the dim.
         axes: The logical axis of every dim; None if it is not annotated.
     """
 
@@ -68,8 +73,10 @@ def write_layout(path: Path, leaves: Iterable[Any]) -> None:
     """
     rows = []
     for leaf in leaves:
-        spec = [*leaf.spec, *[None] * (len(leaf.shape) - len(leaf.spec))]
-        cuts = [[] if a is None else [a] if isinstance(a, str) else [*a] for a in spec]
+        said = [(_PADDED, leaf.dim), *leaf.group]
+        cuts = [
+            [axis for axis, d in said if d == dim] for dim in range(len(leaf.shape))
+        ]
         row = {"path": leaf.path, "shape": [*leaf.shape], "dtype": str(leaf.dtype)}
         rows.append({**row, "axes": leaf.axes and [*leaf.axes], "cuts": cuts})
     lines = ",\n".join(map(json.dumps, rows))
@@ -124,7 +131,11 @@ def pieces_of(
     ((0, 3), (0, 4)) (0, 2) (3, 4)
     ((3, 5), (0, 4)) (1, 3) (3, 4)
     """
-    counts = [math.prod(mesh.get(axis, 1) for axis in cut) for cut in leaf.cuts]
+    cuts = [
+        [axis for axis in cut if axis == _PADDED or not size % mesh.get(axis, 1)]
+        for size, cut in zip(leaf.shape, leaf.cuts, strict=True)
+    ]
+    counts = [math.prod(mesh.get(axis, 1) for axis in cut) for cut in cuts]
     shape = tuple(-(-n // c) for n, c in zip(leaf.shape, counts, strict=True))
     holders: dict[tuple[int, ...], list[int]] = {}
     for place, device_id in enumerate(device_ids):
@@ -132,7 +143,7 @@ def pieces_of(
         for axis in reversed([*mesh]):
             place, coords[axis] = divmod(place, mesh[axis])
         index = []
-        for cut in leaf.cuts:
+        for cut in cuts:
             number = 0
             for axis in cut:
                 number = number * mesh.get(axis, 1) + coords.get(axis, 0)

@@ -79,6 +79,7 @@ function boxAt(leaf, mesh, place) {
   return leaf.shape.map((size, dim) => {
     let index = 0, count = 1;
     for (const axis of leaf.cuts[dim]) {
+      if (axis !== "fsdp" && size % (sizes[axis] || 1)) continue;
       index = index * (sizes[axis] || 1) + (coords[axis] || 0);
       count *= sizes[axis] || 1;
     }

@@ -9,12 +9,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardkit.report.stored_run import StoredRun
-from shardkit.report.terminal import format_bytes, format_mesh, format_time
+from shardkit.report.terminal import (
+    format_bytes,
+    format_mesh,
+    format_time,
+    format_verdict,
+)
 from shardkit.report.timeline import changes_of
 
 __all__ = ["Mark", "Timeline", "certificates", "marks", "timelines"]
 
-_CERTIFIED = {True: "certified", False: "NOT CERTIFIED", None: "not certified"}
+_CERTIFIED = {True: "certified", None: "not certified"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,11 +86,20 @@ def marks(run: StoredRun) -> list[Mark]:
                 )
                 text += f", {event.get('repeats')} steps again"
                 found.append(Mark(step, "recovery", text, when))
+            case "plan":
+                text = _plan_words(event)
+                found.append(Mark(step, "notice", text, when))
             case "notice":
                 found.append(Mark(step, "notice", str(event.get("message")), when))
     # Steps that were repeated have told some of it twice; what came last is so.
     newest = {(mark.step, mark.kind, mark.text): mark for mark in found}
     return sorted(newest.values(), key=lambda mark: mark.step)
+
+
+def _plan_words(event: Mapping[str, Any]) -> str:
+    mesh, notes = event.get("mesh"), event.get("notes")
+    words = [f"mesh chosen: {format_mesh(mesh) if isinstance(mesh, dict) else mesh}"]
+    return "; ".join([*words, *map(str, notes if isinstance(notes, list) else [])])
 
 
 def _time(record: Mapping[str, Any], name: str = "unix_s") -> float | None:
@@ -106,7 +120,7 @@ def _counts(change: Mapping[str, Any]) -> str:
 def _of_change(change: Mapping[str, Any]) -> str:
     own = [p["end_s"] for p in change["phases"] if p["name"] != "first_step"]
     moved = f"{format_bytes(change['bytes_moved'])} moved"
-    verdict = _CERTIFIED.get(change.get("certified"), "not certified")
+    verdict = format_verdict(change, _CERTIFIED)
     return f"{format_time(1e3 * max(own, default=0))}, {moved}, {verdict}"
 
 
@@ -138,13 +152,22 @@ def certificates(run: StoredRun) -> Iterator[tuple[bool | None, str]]:
             text = f"{both}: every bit of the loss{leaves} is the same"
         elif certified is False:
             text = f"{both}: bits differ"
+        elif change.get("consistency") == "equivalent":
+            text = (
+                f"{format_mesh(change['to_mesh'])} rounds otherwise, so that no step "
+            )
+            text += "is compared"
+            if change.get("move_certified"):
+                text += "; every bit of the state was moved as it was"
         else:
             text = "nothing was computed twice, so that nothing is proven of it"
         yield certified if certified in (True, False) else None, f"{where}: {text}"
     twin = run.summary.get("twin")
     if isinstance(twin, dict):
-        same = twin.get("identical") is True
+        same: bool | None = twin.get("identical") is True
         what = "the same bits" if same else "OTHER BITS"
+        if not same and twin.get("is_promised") is False:
+            same, what = None, "equal to rounding, as groups of devices differ in size"
         yield (
             same,
             f"beside an uninterrupted twin, {twin.get('num_steps')} steps: {what}",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from shardkit.config import differences, identity
+from shardkit.report.jsonl import groups_met
 from shardkit.report.stored_run import StoredRun
 
 __all__ = ["Reason", "reasons_to_differ"]
@@ -55,6 +56,9 @@ def reasons_to_differ(a: StoredRun, b: StoredRun) -> list[Reason]:
     ]
     found += _of_data(a, b)
     found += _of_environment(a, b)
+    groups = [" then ".join(groups_met(run.steps)) for run in (a, b)]
+    if len(groups_met([*a.steps, *b.steps])) > 1:
+        found.append(Reason("groups of devices", *groups))
     rule = identity(a.config)["train.consistency"]
     if rule == "fast" and b.config.train.consistency == "fast":
         found.append(Reason("sums in any order: train.consistency", rule, rule))

@@ -23,7 +23,13 @@ from shardkit.report.picture import write_picture
 from shardkit.report.run_dir import RunDirectory
 from shardkit.report.summary import summary_rows
 from shardkit.report.tensorboard import TensorBoard
-from shardkit.report.terminal import Terminal, format_announced, format_reconfigure
+from shardkit.report.terminal import (
+    Terminal,
+    format_announced,
+    format_plan,
+    format_reconfigure,
+    format_reconfiguring,
+)
 from shardkit.report.timeline import write_timeline
 from shardkit.report.trace import TraceFile
 from shardkit.snapshot.recent import LastStep
@@ -130,13 +136,18 @@ class Report:
             trace.event(event)
         self._events.event(event)
         fields = event.fields
+        is_exact = self.directory.config.train.consistency == "exact"
         if event.name == "notice":
             self.terminal.line(fields["message"], style="yellow")
         elif event.name == "checkpoint":
             self.saved_step = fields["step"]
         elif event.name == "announced":
             self.terminal.line(format_announced(fields), style="cyan")
+        elif event.name == "plan":
+            self.terminal.line(format_plan(fields), style="cyan")
         elif event.name == "reconfiguring":
+            if fields["consistency"] == "equivalent" and is_exact:
+                self.terminal.line(format_reconfiguring(fields), style="yellow")
             counts = f"{fields['from_devices']} -> {fields['to_devices']}"
             self.terminal.busy(f"{counts} devices: compiling")
         elif event.name == "reconfigure":

@@ -22,56 +22,98 @@ from rich.table import Table
 from rich.text import Text
 
 from shardkit.report.jsonl import StepLike, phase_ms
+from shardkit.words import format_bytes, format_mesh, format_time
 
 __all__ = [
     "Terminal",
     "format_announced",
     "format_bytes",
     "format_mesh",
+    "format_plan",
     "format_reconfigure",
+    "format_reconfiguring",
     "format_time",
+    "format_verdict",
 ]
 
 NUM_RECENT = 10
 """Steps over which the speed is averaged."""
 
 
-def format_mesh(mesh: Mapping[str, int]) -> str:
-    """Writes the axes larger than 1.
-
-    >>> format_mesh({"data": 2, "fsdp": 4}), format_mesh({})
-    ('data=2 fsdp=4', 'single device')
-    """
-    axes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
-    return " ".join(axes) or "single device"
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Writes a size with three digits.
-
-    >>> format_bytes(512), format_bytes(3_400_000)
-    ('512 B', '3.24 MiB')
-    """
-    if num_bytes < 1000:
-        return f"{num_bytes:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        num_bytes /= 1024
-        # From 1000 on, three digits would be written with an exponent.
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-    return f"{num_bytes / 1024:.3g} TiB"
-
-
 def format_reconfigure(fields: Mapping[str, Any]) -> str:
     """Writes one change of devices in a line."""
-    verdict = {True: "certified", False: "NOT CERTIFIED", None: "uncertified"}
+    verdict = format_verdict(fields, {None: "uncertified", True: "certified"})
     return (
         f"step {fields['step']}: {fields['from_devices']} -> {fields['to_devices']} "
         f"devices ({format_mesh(fields['from_mesh'])} -> "
         f"{format_mesh(fields['to_mesh'])}), "
         f"{format_bytes(fields['bytes_moved'])} moved, "
-        f"{_format_phases(fields['phases'])}, {verdict[fields['certified']]}"
+        f"{_format_phases(fields['phases'])}, {verdict}"
     )
+
+
+def format_verdict(fields: Mapping[str, Any], words: Mapping[Any, str]) -> str:
+    """Writes what is proven of a change.
+
+    Args:
+        fields: Of the event `reconfigure`; of an older run, not all of them.
+        words: What to say where a step was computed on both sides, and where not.
+
+    >>> format_verdict({"certified": True}, {True: "certified"})
+    'certified'
+    >>> found = {"certified": None, "consistency": "equivalent", "move_certified": True}
+    >>> format_verdict(found, {None: "uncertified"})
+    'equivalent, the move certified'
+    """
+    certified = fields.get("certified")
+    if certified is False:
+        return "NOT CERTIFIED"
+    if fields.get("consistency") != "equivalent":
+        return words.get(certified, words.get(None, ""))
+    proven = "the move certified" if fields.get("move_certified") else words.get(None)
+    return f"equivalent, {proven}" if proven else "equivalent"
+
+
+def format_reconfiguring(fields: Mapping[str, Any]) -> str:
+    """Writes a change after which a run is equal to rounding only, before it is made.
+
+    >>> meshes = {"from_mesh": {"tensor": 4}, "to_mesh": {"fsdp": 3}}
+    >>> format_reconfiguring({"step": 5, "from_devices": 4, "to_devices": 3, **meshes})
+    'step 5: 4 -> 3 devices (tensor=4 -> fsdp=3): equivalent, to rounding'
+    """
+    return (
+        f"step {fields['step']}: {fields['from_devices']} -> {fields['to_devices']} "
+        f"devices ({format_mesh(fields['from_mesh'])} -> "
+        f"{format_mesh(fields['to_mesh'])}): equivalent, to rounding"
+    )
+
+
+def format_plan(fields: Mapping[str, Any]) -> str:
+    """Writes which mesh was chosen, and what is worth knowing of that, in two lines.
+
+    >>> print(format_plan({"step": 0, "num_devices": 8, "mesh": {"data": 7},
+    ...     "step_s": 2.2, "memory_bytes": 2**34, "limit_bytes": 2**36,
+    ...     "runners_up": [], "notes": ["1 of 8 devices stay idle"],
+    ...     "consistency": None}))
+    step 0: mesh data=7 for 8 devices: 2.20 s a step predicted, 16 of 64 GiB a device
+      1 of 8 devices stay idle
+    """
+    used, most = (format_bytes(fields[x]) for x in ("memory_bytes", "limit_bytes"))
+    if used.split()[-1] == most.split()[-1]:
+        used = used.split()[0]
+    spent = format_time(1e3 * fields["step_s"])
+    words = [
+        f"step {fields['step']}: mesh {format_mesh(fields['mesh'])} for "
+        f"{fields['num_devices']} devices: {spent} a step predicted, {used} of {most} "
+        "a device"
+    ]
+    words += ["equivalent"] if fields["consistency"] == "equivalent" else []
+    others = fields["runners_up"][:1]
+    more = fields["notes"] or [
+        f"next {format_mesh(x['mesh'])}: {x['why']}" for x in others
+    ]
+    lines = [", ".join(words)] + (["; ".join(more)] if more else [])
+    return "\n  ".join(lines)
 
 
 def format_announced(fields: Mapping[str, Any]) -> str:
@@ -89,18 +131,6 @@ def format_announced(fields: Mapping[str, Any]) -> str:
         f"step {fields['step']}: {old} -> {new} devices asked for; going on with {old} "
         "while that is compiled"
     )
-
-
-def format_time(spent_ms: float) -> str:
-    """Writes a time with at most three digits.
-
-    >>> [format_time(ms) for ms in (260_000, 19_760, 2310, 14.2, 0.31)]
-    ['260 s', '19.8 s', '2.31 s', '14 ms', '0.3 ms']
-    """
-    if spent_ms >= 1000:
-        spent_s = spent_ms / 1000
-        return f"{spent_s:.{max(0, 3 - len(str(int(spent_s))))}f} s"
-    return f"{spent_ms:.0f} ms" if spent_ms >= 10 else f"{spent_ms:.1f} ms"
 
 
 def _format_phases(phases: Sequence[Mapping[str, Any]]) -> str:

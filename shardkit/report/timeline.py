@@ -11,7 +11,7 @@ from typing import Any
 
 from shardkit.report.jsonl import phase_ms
 from shardkit.report.picture import GRID, INK, MUTED, Records, style
-from shardkit.report.terminal import format_bytes, format_time
+from shardkit.report.terminal import format_bytes, format_time, format_verdict
 
 __all__ = ["MAX_SHOWN", "changes_of", "write_timeline"]
 
@@ -164,7 +164,6 @@ def _word(name: str) -> str:
 
 def _write_headings(axes: Any, changes: Sequence[Mapping[str, Any]]) -> None:
     """Says over each bar what it is of."""
-    verdict = {True: ", certified", False: ", NOT CERTIFIED", None: ""}
     bold = {"fontsize": 9, "color": INK, "fontweight": "bold"}
     for row, change in enumerate(changes):
         what = f"{change['from_devices']} → {change['to_devices']}"
@@ -172,7 +171,8 @@ def _write_headings(axes: Any, changes: Sequence[Mapping[str, Any]]) -> None:
         own = [x for x in change["phases"] if x["name"] != "first_step"]
         spent = format_time(1e3 * _end_s({"phases": own}))
         moved = f"{format_bytes(change['bytes_moved'])} moved"
-        facts = f"{spent}, {moved}{verdict[change['certified']]}"
+        verdict = format_verdict(change, {True: "certified"})
+        facts = ", ".join(filter(None, (spent, moved, verdict)))
         _write(axes, row, 16, [(f"step {change['step']}: {what}", bold), (facts, {})])
 
 

@@ -30,7 +30,7 @@ _END = b"\n]}\n"
 # Trace viewers take process 0 for the idle one.
 _PROCESS = 1
 # They say what follows, or what their reader has seen already.
-_UNTRACED = ("notice", "reconfiguring", "restored", "last_steps")
+_UNTRACED = ("notice", "plan", "reconfiguring", "restored", "last_steps")
 
 
 class TraceFile:

@@ -6,7 +6,7 @@ Compares what both have written, bit by bit; it runs nothing.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shardkit.report.jsonl import read_records
+from shardkit.report.jsonl import groups_met, read_records
 from shardkit.report.run_dir import RunDirectory
 
 __all__ = ["TwinComparison", "compare_runs"]
@@ -22,12 +22,15 @@ class TwinComparison:
         same_digest: Whether the final states are the same; None where the runs ended
             at different steps.
         same_eval: The same of the validation losses; None where there are none.
+        is_promised: Whether nothing should differ: groups of devices that compute a
+            microbatch together were as large in both, throughout.
     """
 
     num_steps: int
     differing_steps: list[int]
     same_digest: bool | None
     same_eval: bool | None
+    is_promised: bool = True
 
     @property
     def identical(self) -> bool:
@@ -45,11 +48,14 @@ class TwinComparison:
                 f"{len(self.differing_steps)} of {self.num_steps} DIFFER, "
                 f"the first at step {self.differing_steps[0]}"
             )
-        return {
+        rows = {
             "losses": losses,
             "state digest": _verdict(self.same_digest),
             "validation loss": _verdict(self.same_eval),
         }
+        if not self.is_promised:
+            rows["promised"] = "equal to rounding: groups of devices differ in size"
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Returns it as plain values, for `summary.json`."""
@@ -77,12 +83,16 @@ def compare_runs(run: RunDirectory, twin: RunDirectory) -> TwinComparison:
         differing_steps=differing,
         same_digest=same("state_digest"),
         same_eval=same("eval_loss"),
+        is_promised=len(groups_met(_steps(run) + _steps(twin))) < 2,
     )
 
 
 def _loss_bits(run: RunDirectory) -> dict[int, str]:
-    records = read_records(run.metrics)
-    return {r["step"]: r["loss_bits"] for r in records if "event" not in r}
+    return {r["step"]: r["loss_bits"] for r in _steps(run)}
+
+
+def _steps(run: RunDirectory) -> list[dict[str, Any]]:
+    return [r for r in read_records(run.metrics) if "event" not in r]
 
 
 def _verdict(same: bool | None) -> str:

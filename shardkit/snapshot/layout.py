@@ -312,15 +312,21 @@ def _lies_in(piece: Piece, leaves: Sequence[SnapshotLeaf]) -> bool:
 
 def _leaf(found: list[Any]) -> SnapshotLeaf:
     path, shape, dtype, dim, group = found
-    group = tuple((_exact(axis, str), cut) for axis, cut in _exact(group, list))
+    pairs = [_exact(pair, list) for pair in _exact(group, list)]
+    group = tuple((_exact(axis, str), cut) for axis, cut in pairs)
     kind = _exact(path, str), _wholes(shape), _exact(dtype, str)
     leaf = SnapshotLeaf(*kind, dim, group)
     leaf.itemsize  # noqa: B018  # Raises for a name that is none.
-    num_dims = max(len(leaf.shape), 1)
-    dims = [dim, *(cut for _, cut in group)]
-    are_dims = all(type(x) is int and -1 <= x < num_dims for x in dims)
-    if not are_dims or len(leaf.shape) > _MAX_DIMS:
-        raise ValueError(f"leaf {path!r:.80}: dims {dims!r:.60}")
+    num_dims = len(leaf.shape)
+    is_dim = type(dim) is int and -1 <= dim < max(num_dims, 1)
+    cuts = [dim, *(cut for _, cut in group)]
+    are_cuts = all(type(x) is int and 0 <= x < num_dims for x in cuts[1:])
+    # Each axis cuts one dim, and each dim is cut by one.
+    axes = {"fsdp", *(axis for axis, _ in group)}
+    if not is_dim or not are_cuts or num_dims > _MAX_DIMS:
+        raise ValueError(f"leaf {path!r:.80}: dims {cuts!r:.60}")
+    if len({*cuts}) < len(cuts) or len(axes) < len(cuts):
+        raise ValueError(f"leaf {path!r:.80}: cut twice, {group!r:.60}")
     if math.prod(size for size in leaf.shape if size) > _MAX_SIZE:
         raise ValueError(f"leaf {path!r:.80}: too large")
     return leaf
@@ -332,7 +338,8 @@ def _mesh(found: dict[str, Any]) -> MeshRecord:
     axes, hosts = (tuple(_exact(x, str) for x in names) for names in (axes, hosts))
     mesh = MeshRecord(axes, shape, ids, processes, hosts)
     sizes = {len(mesh.ids), len(mesh.processes), len(mesh.hosts), math.prod(mesh.shape)}
-    if len(mesh.axes) != len(mesh.shape) or len(sizes) > 1:
+    fits = len(mesh.axes) == len({*mesh.axes}) == len(mesh.shape)
+    if not fits or len(sizes) > 1:
         raise ValueError("the mesh does not fit together")
     return mesh
 

@@ -280,6 +280,18 @@ class Snapshots:
         """The newest step that can be gone back to."""
         return next(reversed(self._store.steps()), None)
 
+    @property
+    def mesh(self) -> dict[str, int] | None:
+        """Mesh axis → size, where the newest was taken; None if that cannot be read."""
+        step = self.newest_step
+        try:
+            images = [] if step is None else self._store.images(step)
+        except (TornError, DamagedError, LostStateError):
+            return None
+        meshes = [image.layout.mesh for image in images]
+        found = (zip(mesh.axes, mesh.shape, strict=True) for mesh in meshes[:1])
+        return next(map(dict, found), None)
+
     def has(self, step: int) -> bool:
         """Whether there is a snapshot of a step."""
         return step in self._store.steps()
