@@ -1,6 +1,7 @@
 """What is said of hand-written programs whose collectives are known."""
 
 import inspect
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import shardkit as sk
+from shardkit.explain.exchanges import place_of
 from shardkit.hlo import find_collectives
+from shardkit.hlo.text import Frame
 from shardkit.labels import label
 
 SIZES = {"data": 2, "tensor": 4}
@@ -308,6 +311,19 @@ def test_frames_are_those_of_the_call(explain):
     lines = [f"{frame.file}:{frame.line}" for frame in frames[:2]]
     assert lines == [line_of(inner, "psum"), line_of(outer, "inner(x)")]
     assert frames[0].function.endswith("inner")
+
+
+def test_the_line_is_that_of_the_model_wherever_shardkit_is():
+    """Its own lines are short; of what a model calls the line of the call is told."""
+    home = Path(sk.__file__).parents[1]
+    step = Frame(f"{home}/shardkit/gradient.py", 5)
+    user, flax = Frame("net.py", 7), Frame("/x/site-packages/flax/linen.py", 3)
+    called = Frame(f"{home}/shardkit/logical_axes.py", 9)
+    assert place_of([step, user]) == "shardkit/gradient.py:5"
+    assert place_of([called, flax, user, step]) == "net.py:7"
+    assert place_of([called]) == "shardkit/logical_axes.py:9"
+    assert place_of([flax]) == "/x/site-packages/flax/linen.py:3"
+    assert place_of([]) == ""
 
 
 def test_older_text_has_its_lines_in_the_instructions():

@@ -1,5 +1,6 @@
 """`shardkit explain`: its tables, its files, its exit codes."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from shardkit.command.explain_page import render_page
 from shardkit.command.explain_pictures import choose
 from shardkit.config import load
 from shardkit.errors import ConfigError
+from shardkit.explain.advice import Resharding
 from shardkit.explain.forbid import find_broken, parse_rule
 from shardkit.hlo import find_collectives
 
@@ -80,6 +82,34 @@ def test_tables(explain, path):
     assert "14, 2 to 3 on a device: 22.2% of the time is waiting" in said
     assert "XLA tells: arguments" in said
     assert "padded" in said
+
+
+@pytest.fixture
+def advised(job):
+    """The job, as if three collectives resharded, two of which for the same reason."""
+    [gather] = [x for x in job.program.exchanged if x.kind == "all-gather"]
+    same = Resharding(gather, "x is needed whole by y", "leave it whole")
+    found = (same, Resharding(gather, "z is needed", "cut it"), same)
+    program = dataclasses.replace(job.program, reshardings=found)
+    return dataclasses.replace(job, program=program)
+
+
+def test_the_same_advice_is_given_once(verb, path, advised, monkeypatch, tmp_path):
+    monkeypatch.setattr(explain_job, "explain", lambda config, num_devices: advised)
+    said = verb("explain")(path, "--html", tmp_path / "a.html")
+    assert "3 that nobody asked for" in said
+    heads = [x for x in said.splitlines() if x.startswith("Resharding, ")]
+    assert re.match(
+        r"Resharding, 2 × all-gather of .*B: x is needed whole by", heads[0]
+    )
+    assert re.match(r"Resharding, all-gather of .*B: z is needed", heads[1])
+    assert len(heads) == 2
+    assert said.count("Leave it whole.") == 1
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("x is needed whole by y") == page.count("2 × all-gather") == 1
+    assert "resharding 2 ×: x is needed whole" in str(advised.program)
+    # For machines there is one entry for every collective.
+    assert len(verb("explain")(path, "--json")["resharding"]) == 3
 
 
 def test_one_document_has_everything(explain, path, job):

@@ -17,6 +17,7 @@ from shardkit.explain.picture_svg import svg_picture
 from shardkit.explain.tables import (
     exchange_rows,
     memory_facts,
+    resharding_rows,
     spell_names,
     temporary_rows,
 )
@@ -132,11 +133,11 @@ def _folded(names: Sequence[str]) -> Markup | str:
 
 def _reshardings_card(job: Job) -> Markup:
     rows = [
-        (x.exchanged.kind, format_bytes(x.exchanged.num_bytes), clean(x.what), x.remedy)
-        for x in job.program.reshardings
+        (row.size, clean(row.like.what), clean(row.like.remedy))
+        for row in resharding_rows(job.program.reshardings)
     ]
-    header = ["collective", "bytes", "what", "what would remove it"]
-    classes = ["name", "right", "text", "text"]
+    header = ["collective", "what", "what would remove it"]
+    classes = ["name", "text", "text"]
     return card("Resharding that nobody asked for", table(header, rows, classes))
 
 

@@ -16,6 +16,7 @@ from shardkit.explain.tables import (
     ExchangeRow,
     exchange_rows,
     memory_facts,
+    resharding_rows,
     spell_names,
     temporary_rows,
 )
@@ -117,12 +118,11 @@ def _names(row: ExchangeRow, several: list[tuple[str, ...]]) -> str:
 
 
 def _show_reshardings(job: Job, output: Output) -> None:
-    for each in job.program.reshardings:
+    for row in resharding_rows(job.program.reshardings):
         output.line()
-        size = format_bytes(each.exchanged.num_bytes)
-        head = f"Resharding, {each.exchanged.kind} of {size}: {each.what}"
-        output.line(head, style="bold yellow")
-        output.prose(f"{each.remedy[0].upper()}{each.remedy[1:]}.")
+        remedy = row.like.remedy
+        output.line(f"Resharding, {row.size}: {row.like.what}", style="bold yellow")
+        output.prose(f"{remedy[0].upper()}{remedy[1:]}.")
 
 
 def _show_held(job: Job, output: Output) -> None:

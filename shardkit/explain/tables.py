@@ -15,13 +15,17 @@ from shardkit.tree import format_table
 
 __all__ = [
     "ExchangeRow",
+    "ReshardingRow",
     "TemporaryRow",
     "exchange_rows",
     "memory_facts",
     "plain_text",
+    "resharding_rows",
     "spell_names",
     "temporary_rows",
 ]
+
+_COMPARED = {"reduce_max", "reduce_min", "argmax", "argmin"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,11 +60,28 @@ class ExchangeRow:
     def words(self) -> str:
         """What they are for."""
         words = CAUSES[self.cause]
-        if self.cause in ("program", "partial", "lookup", "resharding"):
+        if self.cause == "partial" and self.operation in _COMPARED:
+            words = "partial results compared"
+        if self.cause in ("program", "partial", "exact", "lookup", "resharding"):
             words += f" ({self.operation})" if self.operation else ""
         notes = [self.note] if self.note else []
         notes += [] if self.moves else ["groups of one: nothing is sent"]
         return "; ".join([words, *notes])
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReshardingRow:
+    """Reshardings of which the same is said: how many, and one of them."""
+
+    count: int
+    like: Resharding
+
+    @property
+    def size(self) -> str:
+        """How many collectives of which kind and size, in words."""
+        exchanged = self.like.exchanged
+        times = f"{self.count} × " if self.count > 1 else ""
+        return f"{times}{exchanged.kind} of {format_bytes(exchanged.num_bytes)}"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -108,6 +129,22 @@ def _row(exchanged: Exchanged, part: Part) -> ExchangeRow:
         names=part.names,
         moves=exchanged.moves,
     )
+
+
+def resharding_rows(reshardings: Iterable[Resharding]) -> list[ReshardingRow]:
+    """Joins reshardings of which the same is said, in the order of the first of each.
+
+    Layers alike, and a loss and its gradient, each have theirs.
+    """
+    rows: dict[tuple[object, ...], ReshardingRow] = {}
+    for each in reshardings:
+        exchanged = each.exchanged
+        key = exchanged.kind, exchanged.num_bytes, each.what, each.remedy
+        if key in rows:
+            rows[key].count += 1
+        else:
+            rows[key] = ReshardingRow(count=1, like=each)
+    return list(rows.values())
 
 
 def temporary_rows(memory: Memory) -> list[TemporaryRow]:
@@ -162,7 +199,8 @@ def plain_text(
         for row in exchange_rows(exchanged)
     ]
     lines = [format_table(rows)] if rows else ["no collectives"]
-    for each in reshardings:
-        lines += [f"resharding: {each.what}", f"  {each.remedy}"]
+    for row in resharding_rows(reshardings):
+        times = f" {row.count} ×" if row.count > 1 else ""
+        lines += [f"resharding{times}: {row.like.what}", f"  {row.like.remedy}"]
     lines += [f"{name}: {format_bytes(n)}" for name, n in memory_facts(memory)]
     return "\n".join(lines)
