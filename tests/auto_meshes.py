@@ -1,7 +1,6 @@
 """A small problem whose mesh is chosen, and machines that make the choice plain."""
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +8,57 @@ import numpy as np
 import optax
 
 import shardkit as sk
-from shardkit.planner import profile as profiles
+from shardkit.config import dump_toml
 from shardkit.planner.auto_mesh import find_profile
 from shardkit.planner.jobs import read_job
 from shardkit.planner.mesh_planner import MeshPlanner
+from shardkit.planner.profile import LINKS
 from shardkit.ramp import BatchRamp
 
 FREE = {
-    "is_shared = true": "is_shared = false",
-    "start_s = 5.0": "start_s = 0.0",
-    "step_overhead_s = 2e-3": "step_overhead_s = 1e-6",
-    "microbatch_overhead_s = 2e-4": "microbatch_overhead_s = 1e-6",
-    "inside = 1e-4": "inside = 0.0",
-    "between = 1e-4": "between = 0.0",
+    "name": "eight machines in one",
+    "datasheet": {
+        "is_shared": False,
+        "devices_per_host": 8,
+        "memory_bytes": 4e9,
+        "memory_bandwidth_bytes_s": 50e9,
+        "peak_flops_s": {"float32": 300e9},
+        "bandwidth_bytes_s": dict.fromkeys(LINKS, 25e9),
+    },
+    "measured": {
+        "by": "nobody: made up",
+        "memory_fraction": 0.5,
+        "written_fraction": 0.6,
+        "fresh_byte_s": 3e-10,
+        "product_overhead_s": 1e-5,
+        "step_overhead_s": 1e-6,
+        "microbatch_overhead_s": 1e-6,
+        "start_s": 0.0,
+        "flops_fraction": {"float32": 0.3},
+        "alone_fraction": {"products": 0.9, "others": 0.6},
+        "link_fraction": dict.fromkeys(LINKS, 0.15),
+        "latency_s": dict.fromkeys(LINKS, 0.0),
+    },
 }
-"""Changes to the profile of emulated devices: each computes as fast as all together,
-and nothing but work and bytes takes time."""
-
-LATE = FREE | {
-    "inside = 1e-4": "inside = 1e-5",
-    "microbatch_overhead_s = 2e-4": "microbatch_overhead_s = 1e-3",
-}
-"""And microbatches take long, so that devices are used only if they save one."""
-
-APART = FREE | {"inside = 1e-4": "inside = 1.0"}
-"""And a collective takes so long that one device is best."""
+"""A profile by which nothing but work and bytes takes time."""
 
 
-def write_profile(directory, changes):
-    """Writes the profile of emulated devices with changes; returns its path."""
-    folder = Path(profiles.__file__).parent / "profiles"
-    text = (folder / "cpu.toml").read_text()
-    for old, new in changes.items():
-        assert old in text
-        text = text.replace(old, new)
+def changed(**measured):
+    """The same, with other figures."""
+    return FREE | {"measured": FREE["measured"] | measured}
+
+
+LATE = changed(latency_s=dict.fromkeys(LINKS, 1e-5), microbatch_overhead_s=1e-3)
+"""Microbatches take long, so that devices are used only if they save one."""
+
+APART = changed(latency_s=dict.fromkeys(LINKS, 1.0))
+"""A collective takes so long that one device is best."""
+
+
+def write_profile(directory, table):
+    """Writes a profile; returns its path."""
     path = directory / "profile.toml"
-    path.write_text(text)
+    path.write_text(dump_toml(table))
     return path
 
 

@@ -6,13 +6,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from auto_meshes import APART, FREE, planner, write_profile
+from auto_meshes import APART, FREE, changed, planner, write_profile
 
 import shardkit as sk
 from shardkit.planner import profile as profiles
 from shardkit.planner.auto_mesh import AutoMesh, find_profile
 
-SLOW_TO_START = FREE | {"start_s = 5.0": "start_s = 1e-3"}
+SLOW_TO_START = changed(start_s=1e-3)
 
 
 @pytest.fixture
