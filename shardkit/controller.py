@@ -328,8 +328,8 @@ class Controller:
             RestoreError: If another run has saved there meanwhile.
         """
         start_s = time.monotonic()
-        history = self._saved()
-        placement, state = self.start()
+        history, (placement, state) = self._saved(), self.start()
+        state = placement.on_devices(state)
         self.events.begin("checkpoint", step=self.step)
         history.save(self.step, state, placement, metrics=self.metrics, wait=wait)
         self.events.emit("checkpoint", since_s=start_s, step=self.step)

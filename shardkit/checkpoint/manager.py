@@ -123,7 +123,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, placement: Placement, facts: Facts) -> None:
         """Starts to save a state; returns when the state may change."""
         leaves: list[LeafLayout] = jax.tree.leaves(placement.layout)
-        arrays = jax.tree.leaves(placement.on_devices(state))
+        arrays = jax.tree.leaves(state)
         digest = _digests(leaves, arrays)
         check_savable(leaves)
         count = placement.mesh.shape[SHARD_AXIS]
