@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 
 from shardkit.collectives import gather_pieces
 from shardkit.gradient import MicrobatchLoop
-from shardkit.groups import each_of_group
+from shardkit.groups import each_of_group, pin
 from shardkit.keys import stream
 from shardkit.labels import label
 from shardkit.layout import LeafLayout, state_shards
@@ -71,12 +71,6 @@ class DeviceWork:
             return None
         sizes = self.mesh.shape
         return jax.tree.map(lambda x: x.spec_on(sizes, gathered=True), self.layout)
-
-    def _pin(self, part: Any, specs: Any) -> Any:
-        """Keeps a part of a state cut as it should be within a group of devices."""
-        if specs is None:
-            return part
-        return jax.tree.map(lax.with_sharding_constraint, part, specs)
 
     def first_state(self) -> Callable[[PRNGKeyArray], TrainState]:
         """Makes the function that computes the state before step 0."""
@@ -155,14 +149,17 @@ class DeviceWork:
         dims = [leaves[i].dim for i in cut]
         sizes = [leaves[i].shape[leaves[i].dim] for i in cut]
         names = [leaves[i].path for i in cut]
-        on = self.mesh.shape
-        specs = [leaves[i].spec_on(on, gathered=True) for i in cut]
+        specs: list[PartitionSpec] = []
+        if self._group_specs is not None:
+            found = self._group_specs.params, self._group_specs.model_state
+            of_leaves = jax.tree.leaves(found)
+            specs = [of_leaves[i] for i in cut]
 
         def gather(pieces: list[Array]) -> list[Array]:
             return gather_pieces(pieces, dims, sizes, self.shards, names)
 
-        share = each_of_group(gather, specs) if group_size(self.mesh) > 1 else gather
-        for i, whole in zip(cut, share([arrays[i] for i in cut]), strict=True):
+        wholes = each_of_group(gather, specs)([arrays[i] for i in cut])
+        for i, whole in zip(cut, wholes, strict=True):
             arrays[i] = whole
         # What follows must see parameters, not slices of a gathered buffer.
         return lax.optimization_barrier(treedef.unflatten(arrays))
@@ -174,7 +171,7 @@ class DeviceWork:
             state,
             self.layout,
         )
-        return self._pin(state, self._group_specs)
+        return pin(state, self._group_specs)
 
     def _step(
         self, state: TrainState, slots: Any, root: PRNGKeyArray
@@ -202,7 +199,7 @@ class DeviceWork:
                 update_arguments(abstract, lambda x: x),
             )
             state = jax.tree.map(localizer.recut, state, new_dims, self.layout)
-            state = self._pin(state, self._group_specs)
+            state = pin(state, self._group_specs)
         metrics |= self.recipe.metrics(out, metrics["grad_norm"], zero)
         return state, metrics | {"gradient_passes": passes}
 

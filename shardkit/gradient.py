@@ -23,7 +23,7 @@ from shardkit.exact_sum import (
     next_exponent,
     peak_bits,
 )
-from shardkit.groups import each_of_group
+from shardkit.groups import each_of_group, pin
 from shardkit.keys import step_key
 from shardkit.labels import label
 from shardkit.layout import state_shards
@@ -282,9 +282,7 @@ class MicrobatchLoop:
 
     def _pin(self, arrays: Sequence[Array]) -> list[Array]:
         """Keeps gradients, or sums of them, cut as the parameters are."""
-        if not self.specs:
-            return list(arrays)
-        return [*map(lax.with_sharding_constraint, arrays, self.specs)]
+        return pin(list(arrays), list(self.specs))
 
     def _add_over_devices(
         self,
@@ -298,7 +296,7 @@ class MicrobatchLoop:
         def add(arrays: list[Array]) -> list[Array]:
             return sum_to_pieces(arrays, dims, shards, axes, names)
 
-        return each_of_group(add, list(specs))(arrays) if specs else add(arrays)
+        return each_of_group(add, specs)(arrays)
 
     def _add_whole(self, arrays: list[Array]) -> list[Array]:
         return self._add_over_devices(arrays, [-1] * len(arrays))

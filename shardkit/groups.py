@@ -9,20 +9,33 @@ References:
     (2021).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from shardkit.mesh import GROUP_AXES
 
-__all__ = ["each_of_group"]
+__all__ = ["each_of_group", "pin"]
+
+T = TypeVar("T")
+
+
+def pin(tree: T, specs: Any) -> T:
+    """Keeps arrays cut within a group as they should be.
+
+    Args:
+        tree: Arrays, as the batch axes cut them.
+        specs: How the axes of a group cut each, a tree like it; empty or None where a
+            group is one device.
+    """
+    return jax.tree.map(lax.with_sharding_constraint, tree, specs) if specs else tree
 
 
 def each_of_group(
-    fn: Callable[[list[Array]], list[Array]], specs: list[PartitionSpec]
+    fn: Callable[[list[Array]], list[Array]], specs: Sequence[PartitionSpec]
 ) -> Callable[[list[Array]], list[Array]]:
     """Lets each device of a group do something with its own pieces.
 
@@ -31,8 +44,12 @@ def each_of_group(
 
     Args:
         fn: A function of arrays, of as many.
-        specs: How the axes of a group cut what goes in, and what comes out.
+        specs: How the axes of a group cut what goes in, and what comes out; empty where
+            a group is one device, which does it anyway.
     """
+    if not specs:
+        return fn
+    specs = list(specs)
     mapped: Any = jax.shard_map(
         fn,
         in_specs=(specs,),

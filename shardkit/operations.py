@@ -15,8 +15,10 @@ from shardkit.local_rules import RULES
 from shardkit.rounding import is_guarded
 
 __all__ = [
+    "CUMULATIVE",
     "ELEMENTWISE",
     "PRODUCTS",
+    "REDUCTIONS",
     "Whole",
     "has_key",
     "is_elementwise",
@@ -33,6 +35,9 @@ ELEMENTWISE = frozenset(
     xor bitcast_convert_type""".split()
 )
 PRODUCTS = frozenset(["mul", "integer_pow", "square"])
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
+REDUCTIONS += ("reduce_and", "reduce_or")
+CUMULATIVE = ("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp")
 # Approximated by code that differs between the body and the rest of a vector loop,
 # so that an element's bits depend on where in which array it stands.
 _APPROXIMATED = frozenset(

@@ -145,9 +145,12 @@ def words(text):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    # Other tests have a module `job` too, which comes back afterwards.
+    held = {name: sys.modules.pop(name, None) for name in MODULES}
     yield tmp_path
     for name in MODULES:
         sys.modules.pop(name, None)
+    sys.modules.update({name: x for name, x in held.items() if x is not None})
 
 
 def is_long(block):

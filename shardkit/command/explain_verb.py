@@ -10,9 +10,8 @@ import dataclasses
 from pathlib import Path
 
 from shardkit import config as configs
-from shardkit.command.options import counts, number
+from shardkit.command.options import add_devices, counts, device_count
 from shardkit.command.output import Output
-from shardkit.errors import ConfigError
 
 __all__ = ["EPILOG", "FORBIDDEN", "HELP", "add_arguments", "run"]
 
@@ -41,12 +40,7 @@ FORBIDDEN = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Says what the verb takes."""
     parser.add_argument("config", metavar="CONFIG.toml", type=Path)
-    parser.add_argument(
-        "--devices",
-        metavar="N",
-        type=number(1),
-        help="how many there are [devices of the config]",
-    )
+    add_devices(parser)
     parser.add_argument(
         "--mesh",
         metavar="SIZES",
@@ -81,12 +75,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     config = configs.load(arguments.config)
     mesh = dataclasses.replace(config.mesh, **arguments.mesh)
     config = dataclasses.replace(config, mesh=mesh)
-    num_devices = arguments.devices or config.devices
-    if num_devices is None:
-        raise ConfigError(
-            f"--devices: expected how many there are, as {arguments.config} has no "
-            "devices; give --devices N"
-        )
+    num_devices = device_count(arguments, config.devices)
     # What follows needs JAX, and what is above is refused without waiting for that.
     from shardkit.command.explain_document import document
     from shardkit.command.explain_job import explain

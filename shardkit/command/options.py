@@ -16,10 +16,12 @@ from shardkit.errors import ConfigError, reason
 __all__ = [
     "MESH_AXES",
     "add_compress",
+    "add_devices",
     "add_limit",
     "add_maxtext",
     "add_step",
     "counts",
+    "device_count",
     "names",
     "number",
     "numbers",
@@ -37,6 +39,30 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", metavar="N", type=number(0), help="which step; the newest by default"
     )
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """Adds how many devices a config is looked at on: see `device_count`."""
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=number(1),
+        help="how many there are [devices of the config]",
+    )
+
+
+def device_count(arguments: argparse.Namespace, configured: int | None) -> int:
+    """Returns how many devices there are, if not as `arguments.config` has it.
+
+    Raises:
+        ConfigError: If neither the command nor the config says so.
+    """
+    if (found := arguments.devices or configured) is None:
+        raise ConfigError(
+            f"--devices: expected how many there are, as {arguments.config} has no "
+            "devices; give --devices N"
+        )
+    return found
 
 
 def add_compress(parser: argparse.ArgumentParser) -> None:

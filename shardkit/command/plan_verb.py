@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from shardkit import config as configs
-from shardkit.command.options import number
+from shardkit.command.options import MESH_AXES, add_devices, device_count, number
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError
 from shardkit.planner.profile import load_profile, profile_names
@@ -29,19 +29,12 @@ exit codes:
   0    there is a mesh that fits
   2    none fits, or bad input: a message says what would do
 """
-# `shardkit.mesh` has them too, and would import JAX.
-_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Says what the verb takes."""
     parser.add_argument("config", metavar="CONFIG.toml", type=Path)
-    parser.add_argument(
-        "--devices",
-        metavar="N",
-        type=number(1),
-        help="how many there are [devices of the config]",
-    )
+    add_devices(parser)
     parser.add_argument(
         "--hbm",
         metavar="SIZE",
@@ -70,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--axes",
         metavar="LIST",
         type=_axes,
-        help=f"whose sizes to look for, of {','.join(_AXES)}; of the others, data "
+        help=f"whose sizes to look for, of {','.join(MESH_AXES)}; of the others, data "
         "and fsdp are 1 and the rest as in the config [all that the model can use]",
     )
     parser.add_argument(
@@ -87,12 +80,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     arguments.profile = arguments.profile or mesh.profile or "h100"
     profile = load_profile(arguments.profile)
     memory = arguments.hbm or mesh.memory_bytes or profile.memory_bytes
-    num_devices = arguments.devices or config.devices
-    if num_devices is None:
-        raise ConfigError(
-            f"--devices: expected how many there are, as {arguments.config} has no "
-            "devices; give --devices N"
-        )
+    num_devices = device_count(arguments, config.devices)
     num_lost = arguments.what_if_lose or 0
     if num_lost >= num_devices:
         raise ConfigError(
@@ -136,10 +124,10 @@ def _axes(text: str) -> tuple[str, ...]:
     ('data', 'fsdp')
     """
     names = tuple(name.strip() for name in text.split(","))
-    wrong = [name for name in names if name not in _AXES]
+    wrong = [name for name in names if name not in MESH_AXES]
     if wrong:
         raise argparse.ArgumentTypeError(
-            f"expected some of {','.join(_AXES)}, such as data,fsdp; found {text!r}"
+            f"expected some of {','.join(MESH_AXES)}, such as data,fsdp; found {text!r}"
         )
     return names
 

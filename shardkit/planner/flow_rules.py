@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.extend import core
 
+from shardkit.operations import CUMULATIVE, REDUCTIONS
 from shardkit.planner.flow_products import (
     Cuts,
     avals_of,
@@ -311,22 +312,8 @@ RULES: dict[str, Rule] = {
         ("convert_element_type", "copy", "neg", "reduce_precision", "copy_p"),
         _view(lambda eqn, cut: cut.dims),
     ),
-    **dict.fromkeys(
-        (
-            "reduce_sum",
-            "reduce_max",
-            "reduce_min",
-            "reduce_prod",
-            "reduce_and",
-            "reduce_or",
-            "argmax",
-            "argmin",
-        ),
-        _reduce,
-    ),
-    **dict.fromkeys(
-        ("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp"), _along("axis")
-    ),
+    **dict.fromkeys((*REDUCTIONS, "argmax", "argmin"), _reduce),
+    **dict.fromkeys(CUMULATIVE, _along("axis")),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.extend import core
 
-from shardkit.operations import is_elementwise
+from shardkit.operations import CUMULATIVE, REDUCTIONS, is_elementwise
 from shardkit.planner.strand_products import (
     Rule,
     Values,
@@ -217,7 +217,7 @@ RULES: dict[str, Rule] = {
         "it is put together of parts", lambda eqn: eqn.params["dimension"]
     ),
     **dict.fromkeys(
-        ("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp"),
+        CUMULATIVE,
         _whole_places("it is summed up bit by bit", lambda eqn: eqn.params["axis"]),
     ),
     "dynamic_update_slice": _update_slice,
@@ -226,16 +226,6 @@ RULES: dict[str, Rule] = {
     "gather": lookup,
     "dot_general": product,
     **dict.fromkeys(("argmax", "argmin"), reduction("argmax")),
-    **dict.fromkeys(
-        (
-            "reduce_sum",
-            "reduce_max",
-            "reduce_min",
-            "reduce_prod",
-            "reduce_and",
-            "reduce_or",
-        ),
-        reduction("sum"),
-    ),
+    **dict.fromkeys(REDUCTIONS, reduction("sum")),
     **dict.fromkeys(("optimization_barrier", "sharding_constraint"), _each),
 }
