@@ -260,7 +260,7 @@ class GPT(nnx.Module):
             )
         dtype = jnp.dtype(self.config.compute_dtype)
         table_VD = self.embedding[...].astype(dtype)
-        x_BTD = share_stream(self.config, sk.nn.embed(table_VD, tokens_BT))
+        x_BTD = share_stream(self.config, sk.nn.embed(table_VD, tokens_BT, "tensor"))
         if self.position_embedding is not None and positions_BT is None:
             x_BTD = x_BTD + self.position_embedding[None, :length].astype(dtype)
         elif self.position_embedding is not None:

@@ -25,6 +25,7 @@ from shardkit.tree import format_table
 
 __all__ = [
     "AxisRules",
+    "auto_axes",
     "check_rules",
     "constrain",
     "infer_shardings",
@@ -183,6 +184,13 @@ def infer_shardings(tree: Any, axis_rules: AxisRules, mesh: Mesh) -> Any:
     return treedef.unflatten(shardings)
 
 
+def auto_axes() -> dict[str, int]:
+    """Returns the mesh axes that are left to the compiler here, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {axis: size for axis, size, kind in kinds if kind == AxisType.Auto}
+
+
 def constrain(x: Any, *names: Any, axis_rules: AxisRules | None = None) -> Any:
     """Asks for activations to be cut along mesh axes that are left to the compiler.
 
@@ -212,15 +220,7 @@ def constrain(x: Any, *names: Any, axis_rules: AxisRules | None = None) -> Any:
         # A `PartitionSpec` for all dims is a name for each by now.
         rest = [name[1:] if found[d] else () for d, name in enumerate(several)]
         found = [(name, *more) for name, more in zip(found, rest, strict=True)]
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {
-        axis: size
-        for axis, size, kind in zip(
-            mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True
-        )
-        if kind == AxisType.Auto
-    }
-    if not sizes:
+    if not (sizes := auto_axes()):
         return x
     entries = [*_spec(x.shape, found, rules, sizes)]
     for dim, name in enumerate(names):

@@ -12,11 +12,14 @@ over the mesh axes its tokens vary over (`jax.lax.pcast`): the gradients written
 here sum over no mesh axis.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from shardkit.errors import ConfigError
+from shardkit.logical_axes import auto_axes, constrain
 
 __all__ = ["cross_entropy", "dropout", "embed"]
 
@@ -26,9 +29,11 @@ _ONE_HOT_LIMIT_BYTES = 32 * 2**20
 _ONE_HOT_MIN_VOCAB = 128
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def embed(
-    table: Float[Array, "vocab embed"], tokens: Int[Array, "*batch"]
+    table: Float[Array, "vocab embed"],
+    tokens: Int[Array, "*batch"],
+    axis: str | None = None,
 ) -> Float[Array, "*batch embed"]:
     """Looks up one row of `table` for each token.
 
@@ -38,6 +43,10 @@ def embed(
     Args:
         table: One row for each entry of the vocabulary.
         tokens: Row numbers in [0, vocab). Others have no gradient.
+        axis: The mesh axis of a group that cuts the vocabulary, if one does. Each
+            device then looks into its own piece of the table, and the rows found are
+            summed: XLA (of JAX 0.11 and 0.12) ends the process where it has to do so
+            by itself, in several groups with another axis that cuts the tokens.
 
     Returns:
         The rows, in the dtype of `table`.
@@ -46,15 +55,29 @@ def embed(
         >>> embed(jnp.eye(3), jnp.array([2, 0])).tolist()
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
-    return table[tokens]
+    num_pieces = auto_axes().get(axis or "", 1)
+    vocab_size, embed_dim = table.shape
+    if num_pieces == 1 or vocab_size % num_pieces:
+        return table[tokens]
+    size = vocab_size // num_pieces
+    pieces = table.reshape(num_pieces, size, embed_dim)
+    pieces = constrain(pieces, axis, None, ...)
+    first = size * jnp.arange(num_pieces, dtype=tokens.dtype)
+    places = tokens - jnp.expand_dims(first, range(1, 1 + tokens.ndim))
+    places = constrain(places, axis, *[...] * tokens.ndim)
+    rows = jax.vmap(lambda piece, place: piece.at[place].get(mode="clip"))
+    is_here = (places >= 0) & (places < size)
+    found = jnp.where(is_here[..., None], rows(pieces, places), 0)
+    return jax.lax.reduce_sum(found, axes=(0,))  # `jnp.sum` would send float32.
 
 
-def _embed_forward(table, tokens):
+def _embed_forward(table, tokens, axis):
     # The table rides along for its shape and dtype alone; its values stay unread.
-    return table[tokens], (table, tokens)
+    return embed(table, tokens, axis), (table, tokens)
 
 
-def _embed_backward(residuals, cotangent):
+def _embed_backward(axis, residuals, cotangent):
+    del axis
     table, tokens = residuals
     vocab_size, embed_dim = table.shape
     tokens = tokens.reshape(1, -1)

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import shardkit.nn as nn
 from shardkit.errors import ConfigError
@@ -42,6 +45,36 @@ def table_gradient(embed, table, tokens, weights):
 vocab_sizes = st.sampled_from([1, 2, 37])
 batch_shapes = st.sampled_from([(), (5,), (2, 3)])
 jit_table_gradient = jax.jit(table_gradient, static_argnums=0)
+
+
+@pytest.mark.parametrize("cut", [P(None, "context"), P("context"), P()], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_embed_looks_into_the_pieces_of_a_group(cut, dtype):
+    # In several groups, and with tokens that another axis cuts: where XLA, left to
+    # itself, ends the process.
+    axes = {"fsdp": 2, "tensor": 2, "context": 2}
+    mesh = jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * 3
+    )
+    pin = jax.lax.with_sharding_constraint
+
+    def look_up(table, tokens):
+        table, tokens = pin(table, P("tensor")), pin(tokens, cut)
+        return pin(nn.embed(table, tokens, "tensor"), cut)
+
+    table, tokens, _ = embed_case(36, (4, 6))
+    table = table.astype(dtype)
+    specs = {"in_specs": (P(), P("fsdp")), "out_specs": P("fsdp")}
+    by_groups = jax.jit(
+        jax.shard_map(look_up, mesh=mesh, axis_names={"fsdp"}, check_vma=False, **specs)
+    )
+    found = by_groups(table, tokens)
+    np.testing.assert_array_equal(found, plain_embed(table, tokens), strict=True)
+    # A token's row is found in one piece and summed once, as it is.
+    text = by_groups.lower(table, tokens).compile().as_text()
+    assert re.findall(r" (all-\S+|collective\S+|reduce-scatter)\(", text) == [
+        "all-reduce"
+    ]
 
 
 @settings(max_examples=20, deadline=None)
