@@ -21,7 +21,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from shardkit.errors import ConfigError
 from shardkit.logical_axes import auto_axes, constrain
 
-__all__ = ["cross_entropy", "dropout", "embed"]
+__all__ = ["IN_PIECES", "cross_entropy", "dropout", "embed"]
+
+IN_PIECES = "embed_in_pieces"
+"""In the names of operations that look into pieces of a table, each by itself."""
 
 # The one-hot matrix of the embedding's backward is cut to stay below this, but never
 # into matrices too narrow to be multiplied well.
@@ -65,9 +68,11 @@ def embed(
     first = size * jnp.arange(num_pieces, dtype=tokens.dtype)
     places = tokens - jnp.expand_dims(first, range(1, 1 + tokens.ndim))
     places = constrain(places, axis, *[...] * tokens.ndim)
-    rows = jax.vmap(lambda piece, place: piece.at[place].get(mode="clip"))
+    with jax.named_scope(IN_PIECES):
+        look_up = jax.vmap(lambda piece, place: piece.at[place].get(mode="clip"))
+        rows = look_up(pieces, places)
     is_here = (places >= 0) & (places < size)
-    found = jnp.where(is_here[..., None], rows(pieces, places), 0)
+    found = jnp.where(is_here[..., None], rows, 0)
     return jax.lax.reduce_sum(found, axes=(0,))  # `jnp.sum` would send float32.
 
 

@@ -90,7 +90,12 @@ class Placement:
         speed_of = () if is_even else [speeds.get(d.id, 1.0) for d in mesh.devices.flat]
         num_groups = mesh.size // group_size(mesh)
         grid = Grid(recipe.num_eval_microbatches, num_groups, tuple(speed_of))
-        self._make = functools.partial(Program, exact=recipe.exact, events=events)
+        self._make = functools.partial(
+            Program,
+            exact=recipe.exact,
+            events=events,
+            groups=dict(mesh.shape) if is_even else None,
+        )
         self._batch, self._eval_slots = batch, Slots(mesh, grid)
         self._work = work = DeviceWork(recipe, layout, mesh, grid, output, combiner)
         self.programs = {

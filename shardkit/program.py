@@ -14,7 +14,7 @@ place that reaches into MLIR; `tests/test_program.py` says for which versions.
 import collections
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,10 @@ import jax.numpy as jnp
 from jaxlib.mlir import passmanager
 
 from shardkit.events import EventLog
+from shardkit.group_hazards import check_branches, find_lookups
 from shardkit.inexact import check_atomics
 from shardkit.program_cache import compile_and_keep
+from shardkit.tree import format_table
 
 __all__ = ["Program", "in_this_context", "remove_duplicates"]
 
@@ -81,6 +83,7 @@ class Program:
         donate_argnums: Positions of the arguments whose memory it may reuse.
         exact: Whether to canonicalise before compiling.
         events: Where `compile` phases are recorded.
+        groups: Mesh axis → size, where groups of devices compute a microbatch together.
 
     Attributes:
         name: What events call it.
@@ -102,9 +105,11 @@ class Program:
         donate_argnums: tuple[int, ...] = (),
         exact: bool = True,
         events: EventLog | None = None,
+        groups: Mapping[str, int] | None = None,
     ) -> None:
         self.name = name
         self._exact = exact
+        self._groups = groups or {}
         self._events = events or EventLog()
         self._lock = threading.Lock()
         self._executables: dict[Any, jax.stages.Compiled] = {}
@@ -138,13 +143,29 @@ class Program:
     def _compile(self, args: Any) -> jax.stages.Compiled:
         self.counts["compile"] += 1
         traced = self._jitted.trace(*args)
-        if not self._exact:
-            return compile_and_keep(traced.lower())
         platform = _platform(args)
-        check_atomics(traced.jaxpr, platform)
-        lowered = traced.lower()
-        remove_duplicates(lowered)
-        return compile_and_keep(lowered, _EXACT_OPTIONS.get(platform))
+        self._notice_lookups(traced.jaxpr)
+        if self._exact:
+            check_atomics(traced.jaxpr, platform)
+        lowered, options = traced.lower(), None
+        if self._exact:
+            remove_duplicates(lowered)
+            options = _EXACT_OPTIONS.get(platform)
+        executable = compile_and_keep(lowered, options)
+        if self._groups and platform == "cpu":
+            check_branches(self.name, executable, self._groups)
+        return executable
+
+    def _notice_lookups(self, jaxpr: Any) -> None:
+        """Says what may end the process, while there is one."""
+        if found := find_lookups(jaxpr, self._groups):
+            message = (
+                f"{self.name}: if XLA ends the process (Check failed: "
+                f"partition_group_list), it is for one of\n{format_table(found)}\n"
+                "Use sk.nn.embed(table, tokens, axis), sk.nn.cross_entropy or a "
+                "one-hot product, or one axis in a group."
+            )
+            self._events.emit("notice", message=message)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program where its arguments are."""

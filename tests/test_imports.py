@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[1]
 # `command` above `build`, as it plans what configs name.
 TIERS = [
     "errors events version waits hlo labels background bits blocks words",
-    "tree arguments mesh keys membership nn model clipping places shards rounding "
+    "tree arguments mesh keys membership model clipping places shards rounding "
     "jaxprs corpus ramp prefetch standby program_cache program_report",
     "annotations batch groups schedules mesh_choice",
     "logical_axes microbatch data layout exact_sum collectives inexact local_rules "
     "overlap noise sampling",
+    "nn",
+    "group_hazards",
     "digest state program model_state put senders sources matrices operations regions "
     "updates",
     "functions localize slots",
