@@ -67,7 +67,7 @@ class DeviceWork:
     @functools.cached_property
     def _group_specs(self) -> Any:
         """How the axes of a group cut it, if there are groups."""
-        if group_size(self.mesh) == 1:
+        if group_size(self.mesh.shape) == 1:
             return None
         sizes = self.mesh.shape
         return jax.tree.map(lambda x: x.spec_on(sizes, gathered=True), self.layout)
@@ -116,7 +116,9 @@ class DeviceWork:
         What a group does together is the compiler's: of the axes of the group it sees
         whole arrays, and partitions them. A group of one device leaves it nothing.
         """
-        of_group = BATCH_AXES if group_size(self.mesh) > 1 else self.mesh.axis_names
+        of_group = (
+            BATCH_AXES if group_size(self.mesh.shape) > 1 else self.mesh.axis_names
+        )
         return jax.shard_map(
             fn,
             mesh=self.mesh,

@@ -258,7 +258,7 @@ class MicrobatchLoop:
 
     @property
     def _is_grouped(self) -> bool:
-        return group_size(self.mesh) > 1
+        return group_size(self.mesh.shape) > 1
 
     def _bounds(self) -> tuple[Array, Array, Array]:
         """This device's first microbatch, passes of its loop, and those that count.

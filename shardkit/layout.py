@@ -273,4 +273,4 @@ def _itemsize(dtype: Any) -> int:
 def state_shards(mesh: Mesh, *, exact: bool = True) -> Shards:
     """How state is cut on `mesh`, for use inside `shard_map`."""
     axis = SHARD_AXIS if SHARD_AXIS in exchange_axes(mesh) else None
-    return Shards(axis, mesh.shape[SHARD_AXIS], exact, group_size(mesh) > 1)
+    return Shards(axis, mesh.shape[SHARD_AXIS], exact, group_size(mesh.shape) > 1)

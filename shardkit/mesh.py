@@ -154,9 +154,13 @@ def mesh_sizes(mesh: Mesh) -> dict[str, int]:
     return {a: n for a, n in mesh.shape.items() if n > 1} or {"data": 1}
 
 
-def group_size(mesh: Mesh) -> int:
-    """Returns how many devices compute a microbatch together."""
-    return math.prod(mesh.shape[axis] for axis in GROUP_AXES)
+def group_size(sizes: Mapping[str, int]) -> int:
+    """Returns how many devices compute a microbatch together.
+
+    Args:
+        sizes: Mesh axis → size, 1 if left out.
+    """
+    return math.prod(sizes.get(axis, 1) for axis in GROUP_AXES)
 
 
 def exchange_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -165,7 +169,7 @@ def exchange_axes(mesh: Mesh) -> tuple[str, ...]:
     XLA refuses collectives of one device where the axes of a group are the compiler's,
     so that there an axis of size 1 is left out.
     """
-    if group_size(mesh) == 1:
+    if group_size(mesh.shape) == 1:
         return BATCH_AXES
     return tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
 

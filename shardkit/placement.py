@@ -86,9 +86,9 @@ class Placement:
         self.recipe, self.layout, self.mesh = recipe, layout, mesh
         output, _, combiner = outputs
         # Groups all make as many passes, so that fewer for one would help nobody.
-        is_even = group_size(mesh) > 1
+        is_even = group_size(mesh.shape) > 1
         speed_of = () if is_even else [speeds.get(d.id, 1.0) for d in mesh.devices.flat]
-        num_groups = mesh.size // group_size(mesh)
+        num_groups = mesh.size // group_size(mesh.shape)
         grid = Grid(recipe.num_eval_microbatches, num_groups, tuple(speed_of))
         self._make = functools.partial(
             Program,

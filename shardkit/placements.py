@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from shardkit.errors import ConfigError, MembershipError, MeshError
 from shardkit.events import EventLog
-from shardkit.mesh import MeshSpec, device_ids
+from shardkit.mesh import MeshSpec, device_ids, group_size
 from shardkit.mesh_choice import Chosen, MeshChooser
 from shardkit.mesh_order import MeshOrder
 from shardkit.placement import Placement
@@ -30,8 +30,18 @@ from shardkit.waits import Waiter
 __all__ = ["Placements", "choose_devices"]
 
 
-def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
+def choose_devices(
+    pool: Sequence[Any], num_devices: int, group_size: int = 1
+) -> list[Any]:
     """Takes the first devices of every process, as evenly as possible.
+
+    Groups stay within a process wherever each has as many devices as a group: sums over
+    processes are taken in another order, and a group is to keep its bits.
+
+    Args:
+        pool: All devices there are, those of a process side by side.
+        num_devices: How many to take.
+        group_size: How many compute a microbatch together.
 
     Raises:
         MembershipError: If the pool has too few, or a process would be left out.
@@ -39,15 +49,24 @@ def choose_devices(pool: Sequence[Any], num_devices: int) -> list[Any]:
     processes: dict[int, list[Any]] = {}
     for device in pool:
         processes.setdefault(device.process_index, []).append(device)
-    if not len(processes) <= num_devices <= len(pool):
+    unit = group_size if all(len(d) >= group_size for d in processes.values()) else 1
+    if not len(processes) * unit <= num_devices <= len(pool):
+        each = "one" if unit == 1 else f"a group of {unit}"
         raise MembershipError(
-            f"expected {len(processes)} (one for each process) to {len(pool)} devices "
-            f"(the pool), found {num_devices}"
+            f"expected {len(processes) * unit} ({each} for each process) to "
+            f"{len(pool)} devices (the pool), found {num_devices}"
         )
     taken = dict.fromkeys(processes, 0)
-    while sum(taken.values()) < num_devices:
-        open_ = [p for p in processes if taken[p] < len(processes[p])]
-        taken[min(open_, key=lambda p: taken[p])] += 1
+
+    def take(unit: int, limit: int) -> None:
+        while sum(taken.values()) + unit <= limit:
+            room = [p for p in processes if taken[p] + unit <= len(processes[p])]
+            if not room:
+                return
+            taken[min(room, key=lambda p: taken[p])] += unit
+
+    take(unit, num_devices)
+    take(1, num_devices)  # What is no whole group, and stays idle.
     return [d for p, devices in processes.items() for d in devices[: taken[p]]]
 
 
@@ -169,7 +188,8 @@ class Placements:
 
     def devices(self, num_devices: int) -> list[Any]:
         """Returns the devices of the pool that a device count means."""
-        return choose_devices(self.pool, num_devices)
+        sizes = self._chosen(num_devices, self._stand).sizes
+        return choose_devices(self.pool, num_devices, group_size(sizes))
 
     def lost(self, old: Placement, num_devices: int) -> frozenset[int]:
         """Returns the ids of the devices of a placement that are not among so many."""
@@ -184,7 +204,7 @@ class Placements:
             MeshError, ConfigError: If no mesh can be laid over them.
         """
         choose_devices(self.pool, num_devices)
-        self._chosen(num_devices, self._stand)
+        self.devices(num_devices)
 
     def plan(self, num_devices: int) -> Mapping[str, Any] | None:
         """Why a device count means its mesh, as the event `"plan"` has it.
@@ -269,7 +289,8 @@ class Placements:
         )
 
     def _plain_mesh(self, sizes: Mapping[str, int]) -> Mesh:
-        devices = choose_devices(self.pool, math.prod(sizes.values()))
+        num, group = math.prod(sizes.values()), group_size(sizes)
+        devices = choose_devices(self.pool, num, group)
         return MeshSpec(**sizes).build(devices)
 
     def _choose(self, num_devices: int, stand: _Stand) -> Placement:

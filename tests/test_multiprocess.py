@@ -109,3 +109,21 @@ def test_arrays_of_two_processes_move_to_any_mesh():
     port = free_port()
     workers = [start("resharded", port, i, 2) for i in range(2)]
     assert finish(*workers) == ["moved", "moved"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ({"data": -1, "fsdp": 1, "tensor": 2}, {1: 6, 2: 4, 3: 7}),
+        ({"fsdp": -1, "tensor": 2, "context": 2}, {1: 8}),
+    ],
+)
+def test_groups_of_two_processes_keep_the_bits_of_one(mesh, changes):
+    def run(num_processes, changes):
+        port, said = free_port(), (json.dumps(mesh), json.dumps(changes))
+        ids = range(num_processes)
+        return finish(*[start("grouped", port, i, num_processes, *said) for i in ids])
+
+    together, _ = run(2, changes)
+    assert [together] == run(1, {1: 4, 3: 8})
