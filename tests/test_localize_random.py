@@ -131,7 +131,7 @@ def run_steps(xp, steps, inputs):
 INPUTS = [normal(5, 3), normal(5, 3, seed=1), normal(3), normal(5), np.float32(0.7)]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(program=programs(), count=st.sampled_from([2, 3, 4, 5, 6, 7, 8]))
 def test_random_functions_compute_the_same_bits_on_any_number_of_shards(program, count):
     steps, dims = program

@@ -68,10 +68,10 @@ def test_pages_are_there():
 
 
 @pytest.mark.usefixtures("compile_cache", "unoptimized")
-@every_page
-def test_a_page_runs(page, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["jit", "linen"])
+def test_a_page_runs(name, monkeypatch, tmp_path):
     # A device count costs a program, and pages differ in nothing where they move.
-    is_moved = page.stem == "migrate-from-jit"
+    page, is_moved = DOCS / f"migrate-from-{name}.md", name == "jit"
     code = program(page, without="" if is_moved else MOVING)
     run(page, code.replace(CHANGES, FEWER_CHANGES), monkeypatch, tmp_path)
 

@@ -199,7 +199,7 @@ def test_a_state_of_a_model_without_one_is_refused():
         make(init=lambda key: {"w": jnp.zeros(3)}, loss=stateful, eval_loss=None)
 
 
-@pytest.mark.parametrize("count", [6, 8])
+@pytest.mark.parametrize("count", [pytest.param(6, marks=pytest.mark.slow), 8])
 def test_as_many_devices_as_microbatches_leave_the_same_bits(count):
     def narrow(step):
         return {"x": data(step)["x"][:24]}

@@ -18,7 +18,9 @@ def run(make, script=(), **options):
     return trainer, losses, trainer.state_digest()
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": -1, "fsdp": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{}, pytest.param({"data": -1, "fsdp": 2}, marks=pytest.mark.slow)]
+)
 def test_it_changes_no_bit_through_changes_and_saves(make, mesh, tmp_path):
     _, *expected = run(make)
     config = sk.CheckpointConfig(directory=tmp_path, every=2)
