@@ -14,7 +14,7 @@ from typing import Any
 
 from shardkit import config as configs
 from shardkit.config import BUILT_IN_DATA, RunConfig, accepts, convert, suggest
-from shardkit.errors import ConfigError, ShardkitError
+from shardkit.errors import ConfigError, DataError, ShardkitError
 
 __all__ = [
     "build_batches",
@@ -22,6 +22,7 @@ __all__ = [
     "build_sampler",
     "build_trainer",
     "call_factory",
+    "check_rows",
     "device_pool",
     "placement_rules",
     "resolve_factory",
@@ -192,7 +193,28 @@ def build_batches(config: RunConfig) -> tuple[Any, Any | None, str | None]:
     valid = build("validation") if evaluates else None
     if data.factory in BUILT_IN_DATA:
         _check_vocabulary(train(0), config)
+    else:
+        check_rows(train(0), config)
     return train, valid, getattr(train, "digest", None)
+
+
+def check_rows(batch: Any, config: RunConfig) -> None:
+    """Refuses data of a factory that are not as many rows as the config says.
+
+    Raises:
+        DataError: If every leaf of the first batch has the same other number.
+    """
+    import jax
+
+    expected = config.data.rows(0)
+    found = {x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())}
+    # Where leaves differ from one another, each is named later.
+    if len(found) == 1 and found != {expected}:
+        raise DataError(
+            f"[data] {config.data.factory}: expected {expected} rows in a batch, as "
+            f"global_batch_size is, found {found.pop()}. Return so many, as the factory "
+            "is asked to, or give that number to global_batch_size."
+        )
 
 
 def _check_vocabulary(batch: Mapping[str, Any], config: RunConfig) -> None:

@@ -80,7 +80,8 @@ class EventLog:
     - `"announced"`: `step`, `from_devices`, `to_devices`. A change that waits for its
       program, or one that is taken back, `to_devices` being what there is.
     - `"plan"`, where the mesh is chosen, before anything follows from it: `step`,
-      `num_devices`, `num_idle`, `mesh`, `step_s`, `time_s`, `memory_bytes`, `memory`,
+      `message` (all in a line, which is logged where nobody listens), `num_devices`,
+      `num_idle`, `mesh`, `step_s`, `time_s`, `memory_bytes`, `memory`,
       `limit_bytes`, `runners_up` and `too_large` (each with `why`), `notes`,
       `consistency` with the mesh before (None for the first), `steps_left`, `move_s`,
       `profile`, `measured_by`.
@@ -172,7 +173,7 @@ class EventLog:
         self.emit(name, since_s=start_s, **fields)
 
     def _send(self, event: Event) -> None:
-        if event.name == "notice" and not self._listeners:
+        if event.name in ("notice", "plan") and not self._listeners:
             logging.getLogger("shardkit").warning("%s", event.fields["message"])
         for listener in self._listeners:
             listener(event)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jax.extend import core, source_info_util
+from jax.extend import core
 
 from shardkit.errors import PartitionError
 from shardkit.hlo import Instruction, Module, parse_module
@@ -50,8 +50,8 @@ def find_lookups(jaxpr: Any, mesh: Mapping[str, int]) -> list[tuple[str, str]]:
     if len(cutting) < 2 or not _several_groups(mesh):
         return []
     found = [
-        (str(eqn.invars[0].aval), source_info_util.summarize(eqn.source_info))
-        for eqn in equations(jaxpr)
+        (str(eqn.invars[0].aval), line)
+        for eqn, line in equations(jaxpr)
         if eqn.primitive.name == "gather" and _can_be_cut(eqn, cutting)
     ]
     return list(dict.fromkeys(found))

@@ -9,8 +9,6 @@ It changes no program.
 import os
 from typing import Any
 
-from jax.extend import source_info_util
-
 from shardkit.errors import InexactError
 from shardkit.jaxprs import equations
 from shardkit.tree import format_table
@@ -41,8 +39,8 @@ def find_inexact(jaxpr: Any) -> list[tuple[str, str, str]]:
         ['its bits depend on the sharding; use threefry keys']
     """
     rows = [
-        (name, source_info_util.summarize(eqn.source_info), reason)
-        for eqn in equations(jaxpr)
+        (name, line, reason)
+        for eqn, line in equations(jaxpr)
         for name, reason in _refusals(eqn)
     ]
     return list(dict.fromkeys(rows))
@@ -101,8 +99,8 @@ def find_atomics(jaxpr: Any) -> list[tuple[str, str]]:
         ['scatter-add']
     """
     found = [
-        (eqn.primitive.name, source_info_util.summarize(eqn.source_info))
-        for eqn in equations(jaxpr)
+        (eqn.primitive.name, line)
+        for eqn, line in equations(jaxpr)
         # Reduce-scatters and the like are collectives, not memory operations.
         if "scatter" in eqn.primitive.name
         and eqn.primitive.name not in ("reduce_scatter", "psum_scatter")

@@ -7,7 +7,7 @@ list and can choose its order, and a search misses nothing. It interprets nothin
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jax.extend import core
+from jax.extend import core, source_info_util
 
 __all__ = ["Step", "equations", "flatten", "handed_on", "results", "scan_parts"]
 
@@ -103,14 +103,24 @@ def _num_dims(atom: Any) -> int:
     return len(getattr(atom.aval, "shape", ()))
 
 
-def equations(jaxpr: Any) -> Iterator[core.JaxprEqn]:
-    """Yields every equation of a jaxpr, open or closed, and of all within it."""
+def equations(jaxpr: Any, line: str = "") -> Iterator[tuple[core.JaxprEqn, str]]:
+    """Yields every equation of a jaxpr, open or closed, and of all within it.
+
+    Args:
+        jaxpr: The jaxpr.
+        line: The source line that it is called from.
+
+    Returns:
+        Each with its source line. What JAX has jitted itself, such as `jnp.take`, has
+        none of its own, but that of the call.
+    """
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield eqn
+        here = source_info_util.summarize(eqn.source_info) or line
+        yield eqn, here
         for value in eqn.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from equations(inner)
+                    yield from equations(inner, here)
 
 
 def handed_on(jaxpr: core.Jaxpr) -> list[int | None]:

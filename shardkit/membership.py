@@ -34,9 +34,19 @@ class Lost:
 
     Attributes:
         num_devices: How many are left.
+
+    Raises:
+        MembershipError: If that is no whole number.
     """
 
     num_devices: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_devices, int):
+            raise MembershipError(
+                "sk.Lost: expected how many devices are left, such as sk.Lost(6), "
+                f"found {self.num_devices!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,12 +160,13 @@ class Program:
         """Says what may end the process, while there is one."""
         if found := find_lookups(jaxpr, self._groups):
             message = (
-                f"{self.name}: if XLA ends the process (Check failed: "
-                f"partition_group_list), it is for one of\n{format_table(found)}\n"
-                "Use sk.nn.embed(table, tokens, axis), sk.nn.cross_entropy or a "
-                "one-hot product, or one axis in a group."
+                f"{self.name}: XLA can end the process (Check failed: "
+                "partition_group_list) where several axes of a group cut a look-up:\n"
+                f"{format_table(found)}\n"
+                "If it does, use sk.nn.embed(table, tokens, axis) and "
+                "sk.nn.cross_entropy there, or only one of tensor, expert and context"
             )
-            self._events.emit("notice", message=message)
+            self._events.emit("notice", message=message, program=self.name)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program where its arguments are."""

@@ -91,7 +91,8 @@ def told(name):
         return Told(said, len(traced), set())
     recipe, (abstract, _) = traced[0]
     args = abstract, abstract.params, abstract.grad_exponent, None
-    found = {e.primitive.name for e in equations(jax.make_jaxpr(recipe.update)(*args))}
+    update = jax.make_jaxpr(recipe.update)(*args)
+    found = {eqn.primitive.name for eqn, _ in equations(update)}
     whole = {f"whole {work.operation}" for work in said.whole}
     return Told(said, len(traced), found | whole)
 

@@ -7,6 +7,7 @@ used, as it would tell of lines where they were then.
 
 import contextlib
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from shardkit import build
 from shardkit.cli import NUM_THREADS
 from shardkit.command.plan_job import abstract_microbatch, find_modules
 from shardkit.config import RunConfig
-from shardkit.events import EventLog
+from shardkit.events import Event, EventLog
 from shardkit.explain.leaves import Idle, PlacedLeaf, idle_slots, place_leaves
 from shardkit.explain.program import ProgramExplanation, explain_program
 from shardkit.layout import LeafLayout
@@ -67,13 +68,15 @@ def explain(config: RunConfig, num_devices: int) -> Job:
     _emulate(num_devices)
     notes: list[str] = []
     events = EventLog()
-    events.subscribe(
-        lambda event: (
+
+    def hear(event: Event) -> None:
+        if event.name == "notice":
             notes.append(str(event.fields["message"]))
-            if event.name == "notice"
-            else None
-        )
-    )
+            # What XLA may end the process for is told before it does.
+            if "program" in event.fields:
+                logging.getLogger("shardkit").warning("%s", notes[-1])
+
+    events.subscribe(hear)
     with tempfile.TemporaryDirectory() as directory, _compiling_anew():
         trainer, _ = build.build_trainer(
             # Programs of other placements would only be in the way.

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,6 +77,17 @@ class Output:
             lines = textwrap.wrap(clean(text), width, break_on_hyphens=False)
         for line in lines:
             self.line(f"  {line}", style="dim")
+
+    def note(self, text: str) -> None:
+        """Writes what somebody should know; a name that it begins with stays as it is.
+
+        >>> Output().note("axis_rules: no array has an axis 'emebd'")
+          axis_rules: no array has an axis 'emebd'.
+        """
+        if not re.match(r"\w+:", text):
+            text = text[0].upper() + text[1:]
+        for line in (text if text.endswith((".", "?")) else f"{text}.").splitlines():
+            self.prose(line)
 
     @property
     def is_narrow(self) -> bool:

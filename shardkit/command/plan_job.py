@@ -130,6 +130,7 @@ def abstract_microbatch(config: RunConfig) -> Any:
             global_batch_size=data.global_batch_size,
             seed=config.train.seed,
         )(0)
+        build.check_rows(batch, config)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
         )

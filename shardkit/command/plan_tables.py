@@ -252,7 +252,7 @@ def _show_loss(
 
 def _notes(notes: Sequence[str], output: Output) -> None:
     for note in notes:
-        output.prose(f"{note[0].upper()}{note[1:]}.")
+        output.note(note)
 
 
 def _class_words(

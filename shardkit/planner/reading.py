@@ -12,9 +12,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from shardkit.annotations import LeafAxes, read_axes, strip
+from shardkit.annotations import LeafAxes, read_axes, strip, unused_rules
 from shardkit.errors import ConfigError
-from shardkit.logical_axes import AxisRules, mesh_axis, sharded_dims
+from shardkit.logical_axes import AxisRules, check_rules, mesh_axis, sharded_dims
+from shardkit.layout import SHARD_AXIS
 from shardkit.mesh import GROUP_AXES
 from shardkit.model import Model, call_loss
 from shardkit.model_state import split_variables
@@ -71,7 +72,15 @@ def read_model(
     variables, args = arguments(model, microbatch)
     said = [read_axes(part, path_rules) for part in split_variables(variables)]
     params, state, microbatch, key = args
-    rules, notes = _divisible([*said[0], *said[1]], rules)
+    both = [*said[0], *said[1]]
+    named = {name for leaf in both for name in leaf.names or () if name}
+    warnings = check_rules(rules, named) + unused_rules(both, path_rules)
+    rules, notes = _divisible(both, rules)
+    if all(mesh_axis(name, rules) != SHARD_AXIS for name in named):
+        warnings.append(
+            f"nothing is cut by {SHARD_AXIS}, as no name of a dim goes there: every "
+            "device holds the whole state"
+        )
     leaves = [
         _leaves(part, names, rules)
         for part, names in zip((params, state), said, strict=True)
@@ -104,7 +113,7 @@ def read_model(
         num_norm_leaves=num_norms,
         num_clip_leaves=num_clips,
         divisors={axis: work.divisors.get(axis, 1) for axis in GROUP_AXES},
-        notes=(*notes, *work.notes),
+        notes=(*warnings, *notes, *work.notes),
     )
 
 
