@@ -114,8 +114,8 @@ def check_branches(name: str, executable: Any, mesh: Mapping[str, int]) -> None:
             "devices may not take, or a loop of which the data say how often it runs, "
             "for which CPUs would wait for ever:\n"
             + format_table(list(dict.fromkeys(rows)))
-            + "\nCompute both branches and choose with jnp.where, give the loop a fixed "
-            "number of passes, or take one group."
+            + "\nCompute both branches and choose with jnp.where, give the loop "
+            "a fixed number of passes, or take one group."
         )
 
 
