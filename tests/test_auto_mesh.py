@@ -253,6 +253,10 @@ def test_what_cannot_be_asked_for_is_told_all_at_once(make):
     assert "memory_bytes: expected more than 0, found -1" in str(caught.value)
     with pytest.raises(sk.ConfigError, match="tensor: has the size 2, and is in axes"):
         AutoMesh(axes=("tensor",), tensor=2)
+    with pytest.raises(sk.ConfigError) as caught:
+        AutoMesh(axes=[["tensor"]], profile=3, memory_bytes=True)
+    for part in ("axes: expected", "profile: expected", "memory_bytes: expected"):
+        assert part in str(caught.value)
     with pytest.raises(sk.ConfigError, match="allow_equivalent: is of no use"):
         AutoMesh(allow_equivalent=True)
     with pytest.raises(sk.ConfigError, match="found 'automatic'"):

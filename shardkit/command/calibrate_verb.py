@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Calibrates, shows what was found and writes it."""
     out: Path | None = arguments.out
-    if out is not None and (out.suffix != ".toml" or not out.parent.is_dir()):
+    if out is not None and (
+        out.suffix != ".toml" or not out.parent.is_dir() or out.is_dir()
+    ):
         raise ConfigError(
             f"--out: expected a .toml file in a directory that is there, found {out}"
         )
