@@ -240,6 +240,9 @@ def test_bad_input_is_one_message(verb, path, tmp_path):
     assert "--devices N" in explain(bare, code=2)
     assert "there is no 'none-such'" in explain(path, "--forbid", "none-such", code=2)
     assert "there is no such file" in explain(tmp_path / "none.toml", code=2)
+    outputs = "--svg", tmp_path / "none/a.svg", "--html", tmp_path
+    errors = explain(path, *outputs, code=2)
+    assert f"a.svg, --html {tmp_path}: expected a file in a directory" in errors
 
 
 def test_it_starts_alone_and_emulates_what_is_not_there(tmp_path):
