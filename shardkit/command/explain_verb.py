@@ -10,7 +10,12 @@ import dataclasses
 from pathlib import Path
 
 from shardkit import config as configs
-from shardkit.command.options import add_devices, counts, device_count
+from shardkit.command.options import (
+    MOST_EMULATED,
+    add_devices,
+    counts,
+    device_count,
+)
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError
 
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     config = configs.load(arguments.config)
     mesh = dataclasses.replace(config.mesh, **arguments.mesh)
     config = dataclasses.replace(config, mesh=mesh)
-    num_devices = device_count(arguments, config.devices)
+    num_devices = device_count(arguments, config.devices, MOST_EMULATED)
     written = {"--svg": arguments.svg, "--html": arguments.html}
     bad = [f"{name} {path}" for name, path in written.items() if not _fits(path)]
     if bad:
