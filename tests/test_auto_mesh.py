@@ -263,6 +263,8 @@ def test_what_cannot_be_asked_for_is_told_all_at_once(make):
         make(mesh="automatic")
     with pytest.raises(sk.ConfigError, match="profile: expected cpu, h100"):
         make(mesh=AutoMesh(profile="h900"))
+    with pytest.raises(sk.MeshError, match="at least one, found none"):
+        make(mesh="auto", devices=[])
 
 
 def test_whoever_gives_a_mesh_traces_nothing_for_it(make, monkeypatch):

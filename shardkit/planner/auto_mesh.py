@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardkit.errors import ConfigError
+from shardkit.errors import ConfigError, MeshError
 from shardkit.mesh import GROUP_AXES, MeshSpec, check_no_mesh_is_set
 from shardkit.planner.profile import (
     HardwareProfile,
@@ -123,12 +123,15 @@ def find_profile(auto: AutoMesh, pool: Sequence[Any]) -> HardwareProfile:
 
     Raises:
         ConfigError: If there is no profile, or nobody knows one of their kind.
+        MeshError: If there are no devices.
 
     Example:
         >>> import jax
         >>> find_profile(AutoMesh(memory_bytes=2e9), jax.devices("cpu")).memory_bytes
         2000000000.0
     """
+    if not pool:
+        raise MeshError("Trainer: devices: expected at least one, found none")
     profile = load_profile(auto.profile or _name_of(pool))
     memory = auto.memory_bytes or _memory_bytes(pool) or profile.memory_bytes
     return dataclasses.replace(profile, memory_bytes=float(memory))
