@@ -6,6 +6,7 @@ compute microbatches side by side. It changes no program.
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from jax.extend import core
@@ -18,6 +19,9 @@ from shardkit.nn import IN_PIECES
 from shardkit.tree import format_table
 
 __all__ = ["check_branches", "find_lookups"]
+
+_LOOPS = ("shardkit", "gradient.py")
+"""Where the loops over microbatches are."""
 
 
 def find_lookups(jaxpr: Any, mesh: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -81,7 +85,8 @@ def check_branches(name: str, executable: Any, mesh: Mapping[str, int]) -> None:
     """Refuses a program of CPUs in which a branch exchanges with neighbours.
 
     XLA's collective-permute waits there for all devices of the program, and groups
-    whose data take another branch never come.
+    whose data take another branch never come; nor do those whose data end a loop
+    earlier.
 
     Args:
         name: What the program is called.
@@ -98,7 +103,7 @@ def check_branches(name: str, executable: Any, mesh: Mapping[str, int]) -> None:
         return
     module = parse_module(text)
     rows = []
-    for each in _within_branches(module):
+    for each in _within_choices(module):
         if each.opcode.removesuffix("-start") == "collective-permute":
             frames = module.frames(each)
             line = f"{frames[0].file}:{frames[0].line}" if frames else "unknown line"
@@ -106,19 +111,21 @@ def check_branches(name: str, executable: Any, mesh: Mapping[str, int]) -> None:
     if rows:
         raise PartitionError(
             f"{name}: these exchange with neighbours in a branch that some groups of "
-            "devices may not take, for which CPUs would wait for ever:\n"
+            "devices may not take, or a loop of which the data say how often it runs, "
+            "for which CPUs would wait for ever:\n"
             + format_table(list(dict.fromkeys(rows)))
-            + "\nCompute both branches and choose with jnp.where, or take one group."
+            + "\nCompute both branches and choose with jnp.where, give the loop "
+            "a fixed number of passes, or take one group."
         )
 
 
-def _within_branches(module: Module) -> Iterator[Instruction]:
-    """Yields what is computed only where a branch is taken."""
+def _within_choices(module: Module) -> Iterator[Instruction]:
+    """Yields what is computed only where, or as often as, data say so."""
     names = [
         call.name
         for instructions in module.computations.values()
         for each in instructions
-        if each.opcode == "conditional"
+        if each.opcode == "conditional" or _is_open_loop(each, module)
         for call in each.calls()
     ]
     seen = set(names)
@@ -128,3 +135,15 @@ def _within_branches(module: Module) -> Iterator[Instruction]:
             called = {call.name for call in each.calls()} - seen
             seen |= called
             names += called
+
+
+def _is_open_loop(instruction: Instruction, module: Module) -> bool:
+    """Whether data say how often a loop of a loss runs.
+
+    Of the loops over microbatches all groups make as many passes.
+    """
+    if instruction.opcode != "while":
+        return False
+    frames = module.frames(instruction)
+    is_own = not frames or Path(frames[0].file).parts[-2:] == _LOOPS
+    return not is_own and any(call.note for call in instruction.calls())

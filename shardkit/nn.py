@@ -60,6 +60,7 @@ def embed(
     """
     num_pieces = auto_axes().get(axis or "", 1)
     vocab_size, embed_dim = table.shape
+    tokens = _wide(tokens, vocab_size)
     if num_pieces == 1 or vocab_size % num_pieces:
         return table[tokens]
     size = vocab_size // num_pieces
@@ -85,7 +86,7 @@ def _embed_backward(axis, residuals, cotangent):
     del axis
     table, tokens = residuals
     vocab_size, embed_dim = table.shape
-    tokens = tokens.reshape(1, -1)
+    tokens = _wide(tokens, vocab_size).reshape(1, -1)
     cotangent = cotangent.reshape(-1, embed_dim)
 
     def sum_rows(vocab_ids):
@@ -131,7 +132,17 @@ def cross_entropy(
     return _cross_entropy_forward(logits, labels)[0]
 
 
+def _wide(ids, vocab_size):
+    """Entries in a dtype that has room for all numbers of the vocabulary.
+
+    Bytes know 256, and those of a larger vocabulary would begin again at 0.
+    """
+    has_room = jnp.iinfo(ids.dtype).max >= vocab_size - 1
+    return ids if has_room else ids.astype(jnp.int32)
+
+
 def _is_label(logits, labels):
+    labels = _wide(labels, logits.shape[-1])
     vocab_ids = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     return vocab_ids == labels[..., None]
 

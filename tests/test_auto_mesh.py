@@ -253,12 +253,18 @@ def test_what_cannot_be_asked_for_is_told_all_at_once(make):
     assert "memory_bytes: expected more than 0, found -1" in str(caught.value)
     with pytest.raises(sk.ConfigError, match="tensor: has the size 2, and is in axes"):
         AutoMesh(axes=("tensor",), tensor=2)
+    with pytest.raises(sk.ConfigError) as caught:
+        AutoMesh(axes=[["tensor"]], profile=3, memory_bytes=True)
+    for part in ("axes: expected", "profile: expected", "memory_bytes: expected"):
+        assert part in str(caught.value)
     with pytest.raises(sk.ConfigError, match="allow_equivalent: is of no use"):
         AutoMesh(allow_equivalent=True)
     with pytest.raises(sk.ConfigError, match="found 'automatic'"):
         make(mesh="automatic")
     with pytest.raises(sk.ConfigError, match="profile: expected cpu, h100"):
         make(mesh=AutoMesh(profile="h900"))
+    with pytest.raises(sk.MeshError, match="at least one, found none"):
+        make(mesh="auto", devices=[])
 
 
 def test_whoever_gives_a_mesh_traces_nothing_for_it(make, monkeypatch):

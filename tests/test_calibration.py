@@ -207,6 +207,8 @@ def test_bad_input_is_told_before_anything_is_measured(run, tmp_path):
     assert "expected cpu, h100" in run("--profile", "h300", code=2)
     assert "directory that is there" in run("--out", tmp_path / "a/b.toml", code=2)
     assert "expected a .toml file" in run("--out", tmp_path / "b.txt", code=2)
+    (tmp_path / "c.toml").mkdir()
+    assert "expected a .toml file" in run("--out", tmp_path / "c.toml", code=2)
     assert "1 or more, found '0'" in run("--limit-s", 0, code=2)
 
 
@@ -217,6 +219,17 @@ def test_devices_are_known_by_their_kind():
     assert guess_base(Device()) == "h200"
     Device.device_kind = "TPU v5 lite"
     assert guess_base(Device()) == "v5e"
-    Device.device_kind = "NVIDIA B300"
-    with pytest.raises(Exception, match=r"datasheet of 'NVIDIA B300'.*--profile"):
-        guess_base(Device())
+    # A GH200 has another chip and another memory than what its name contains.
+    for kind in ("NVIDIA B300", "NVIDIA GH200 480GB"):
+        Device.device_kind = kind
+        with pytest.raises(Exception, match=rf"datasheet of '{kind}'.*--profile"):
+            guess_base(Device())
+
+
+def test_a_profile_that_cannot_be_is_refused():
+    table, _ = profile_table("h200")
+    table["datasheet"]["devices_per_host"] = 0.5
+    table["measured"]["flops_fraction"]["bfloat61"] = 0.5
+    with pytest.raises(Exception, match="there is no peak of it") as caught:
+        read_profile(table, "mine.toml")
+    assert "devices_per_host: expected a whole number, found 0.5" in str(caught.value)

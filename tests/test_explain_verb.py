@@ -235,11 +235,16 @@ def test_bad_input_is_one_message(verb, path, tmp_path):
     explain = verb("explain")
     errors = explain(path, "--devices", "9", code=2)
     assert "expected at most 8" in errors
+    assert "at most 2048" in explain(path, "--devices", "2049", code=2)
+    assert "at most 4294967296" in verb("plan")(path, "--devices", "9" * 20, code=2)
     bare = tmp_path / "bare.toml"
     bare.write_text(SMALL.replace("devices = 6", ""))
     assert "--devices N" in explain(bare, code=2)
     assert "there is no 'none-such'" in explain(path, "--forbid", "none-such", code=2)
     assert "there is no such file" in explain(tmp_path / "none.toml", code=2)
+    outputs = "--svg", tmp_path / "none/a.svg", "--html", tmp_path
+    errors = explain(path, *outputs, code=2)
+    assert f"a.svg, --html {tmp_path}: expected a file in a directory" in errors
 
 
 def test_it_starts_alone_and_emulates_what_is_not_there(tmp_path):

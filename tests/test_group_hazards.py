@@ -1,5 +1,7 @@
 """What would end a process or never end is told before."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,18 @@ def choosing(params, microbatch, key):
     x = sk.constrain(x, None, "context")
     is_even = microbatch["tokens"][0, 0] % 2 == 0
     return jnp.mean(jnp.where(is_even, jnp.roll(x, 1, axis=1), jnp.tanh(x)) ** 2)
+
+
+def repeating(params, microbatch, key, *, num_passes=None):
+    """Shifts positions as often as the tokens say, or so many times."""
+    x = params["table"][0] * microbatch["tokens"]
+    num = microbatch["tokens"][0, 0] if num_passes is None else num_passes
+
+    def shift(_, x):
+        return sk.constrain(jnp.roll(x, 1, axis=1), None, "context")
+
+    kept = jax.lax.stop_gradient(sk.constrain(x, None, "context"))
+    return jnp.mean(x * jax.lax.fori_loop(0, num, shift, kept))
 
 
 def looking_up(params, microbatch, key):
@@ -75,6 +89,16 @@ def test_neighbours_in_a_branch_are_refused():
     # One group waits for nobody.
     assert not messages_of(branching, fsdp=1, context=2)
     assert not messages_of(choosing, data=2, fsdp=1, context=2)
+
+
+def test_neighbours_in_a_loop_of_unknown_length_are_refused():
+    with pytest.raises(sk.PartitionError) as caught:
+        messages_of(repeating, data=2, fsdp=1, context=2)
+    assert "number of passes" in str(caught.value)
+    assert "test_group_hazards.py:" in str(caught.value)
+    assert not messages_of(repeating, fsdp=1, context=2)
+    fixed = functools.partial(repeating, num_passes=3)
+    assert not messages_of(fixed, data=2, fsdp=1, context=2)
 
 
 def test_look_ups_that_may_end_the_process_are_told():

@@ -115,6 +115,13 @@ def test_devices_say_what_they_are(kind, name):
     assert (given.memory_bytes, given.name) == (2e9, profiles.load_profile("h100").name)
 
 
+def test_a_size_that_is_given_holds_wherever_a_state_was_saved(free):
+    auto = AutoMesh(profile=free, axes=("context",), tensor=2)
+    chosen = planner(auto).choose(8, old={"tensor": 4})
+    assert chosen.sizes["tensor"] == 2
+    assert chosen.plan["consistency"] == "equivalent"
+
+
 @pytest.mark.parametrize("kind", ["NVIDIA GH200 480GB", "TPU v4", "TPU v6 lite"])
 def test_devices_that_nobody_knows_are_asked_about(kind):
     with pytest.raises(sk.ConfigError, match=r"no profile of .*profile.*cpu, h100"):

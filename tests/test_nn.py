@@ -190,3 +190,16 @@ def test_dropout_off_returns_its_argument():
 def test_dropout_refuses_a_rate_outside_its_range(rate):
     with pytest.raises(ConfigError, match="dropout rate"):
         nn.dropout(jnp.ones(3), jax.random.key(0), rate)
+
+
+def test_entries_of_a_dtype_without_room_for_the_vocabulary():
+    vocab_size = 320
+    small = jnp.array([0, 63, 64, 255], jnp.uint8)
+    wide = small.astype(jnp.int32)
+    logits = jax.random.normal(jax.random.key(0), (4, vocab_size))
+    for fn, x in (
+        (lambda x, ids: nn.cross_entropy(x, ids).sum(), logits),
+        (lambda x, ids: (nn.embed(x, ids) ** 2).sum(), logits.T),
+    ):
+        found, expected = (jax.value_and_grad(fn)(x, ids) for ids in (small, wide))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -346,6 +346,16 @@ def test_loops_of_unknown_length_are_told():
     assert ledger.notes == ["a loop of unknown length counts as one pass"]
 
 
+def test_what_returns_nothing_is_passed_by():
+    def printing(x, w):
+        jax.debug.print("{}", x.sum())
+        return (x @ w) @ w.T
+
+    args = jnp.ones((4, 8)), jnp.ones((8, 16))
+    [out], ledger = cuts_of(printing, args, [(None, None), (None, "tensor")])
+    assert (out.dims, ledger.total_flops) == ((None, None), 2 * 2 * 4 * 8 * 16)
+
+
 def test_a_convolution_is_counted():
     images, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
 

@@ -106,7 +106,10 @@ def test_rules_over_paths_of_a_config_reach_the_trainer(write, tmp_path, monkeyp
 def test_a_model_without_any_is_told_so(suggest, write):
     small = SMALL.replace("models.vit:build", "models.resnet:build")
     small = small.replace("num_layers = 2, width = 8, num_heads = 2", "")
-    assert "None found" in suggest(write(small), code=1)
+    assert "None found: every cut" in suggest(write(small), code=1)
+    # No prime like that divides heads, vocabulary or hidden units.
+    found = suggest(write(SMALL), "--tensor", "1009", code=1)
+    assert "None found: 1009 divides none" in found
 
 
 def test_bad_input_is_one_message(suggest, write, tmp_path):

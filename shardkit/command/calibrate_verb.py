@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shardkit.command.options import number
+from shardkit.command.options import MOST_EMULATED, number
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError
 from shardkit.planner.profile import profile_names, profile_table
@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Calibrates, shows what was found and writes it."""
     out: Path | None = arguments.out
-    if out is not None and (out.suffix != ".toml" or not out.parent.is_dir()):
+    if out is not None and (
+        out.suffix != ".toml" or not out.parent.is_dir() or out.is_dir()
+    ):
         raise ConfigError(
             f"--out: expected a .toml file in a directory that is there, found {out}"
         )
@@ -101,6 +103,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _devices(num: int | None) -> list[Any]:
     """The devices to measure; those of the CPU are emulated where nothing else is."""
+    if num is not None and num > MOST_EMULATED:
+        raise ConfigError(f"--devices: expected at most {MOST_EMULATED}, found {num}")
     # Every emulated device needs a thread for collectives to meet.
     os.environ.setdefault("PJRT_NPROC", str(max(8, num or 8)))
     import jax

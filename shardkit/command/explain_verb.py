@@ -10,8 +10,14 @@ import dataclasses
 from pathlib import Path
 
 from shardkit import config as configs
-from shardkit.command.options import add_devices, counts, device_count
+from shardkit.command.options import (
+    MOST_EMULATED,
+    add_devices,
+    counts,
+    device_count,
+)
 from shardkit.command.output import Output
+from shardkit.errors import ConfigError
 
 __all__ = ["EPILOG", "FORBIDDEN", "HELP", "add_arguments", "run"]
 
@@ -75,7 +81,13 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     config = configs.load(arguments.config)
     mesh = dataclasses.replace(config.mesh, **arguments.mesh)
     config = dataclasses.replace(config, mesh=mesh)
-    num_devices = device_count(arguments, config.devices)
+    num_devices = device_count(arguments, config.devices, MOST_EMULATED)
+    written = {"--svg": arguments.svg, "--html": arguments.html}
+    bad = [f"{name} {path}" for name, path in written.items() if not _fits(path)]
+    if bad:
+        raise ConfigError(
+            f"{', '.join(bad)}: expected a file in a directory that is there"
+        )
     # What follows needs JAX, and what is above is refused without waiting for that.
     from shardkit.command.explain_document import document
     from shardkit.command.explain_job import explain
@@ -102,3 +114,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for path in filter(None, (arguments.svg, arguments.html)):
             output.line(f"{path} shows it")
     return FORBIDDEN if broken else 0
+
+
+def _fits(path: Path | None) -> bool:
+    return path is None or (path.parent.is_dir() and not path.is_dir())

@@ -15,6 +15,7 @@ from shardkit.errors import ConfigError, reason
 
 __all__ = [
     "MESH_AXES",
+    "MOST_EMULATED",
     "add_compress",
     "add_devices",
     "add_limit",
@@ -32,6 +33,11 @@ __all__ = [
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 """Those of `shardkit.mesh`, which needs JAX."""
+
+MOST_EMULATED = 2048
+"""How many devices JAX emulates in one process; more count as those of others."""
+
+_MOST = 1 << 32
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
@@ -51,17 +57,22 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def device_count(arguments: argparse.Namespace, configured: int | None) -> int:
+def device_count(
+    arguments: argparse.Namespace, configured: int | None, most: int = _MOST
+) -> int:
     """Returns how many devices there are, if not as `arguments.config` has it.
 
     Raises:
-        ConfigError: If neither the command nor the config says so.
+        ConfigError: If neither the command nor the config says so, or there are more
+            than `most`.
     """
     if (found := arguments.devices or configured) is None:
         raise ConfigError(
             f"--devices: expected how many there are, as {arguments.config} has no "
             "devices; give --devices N"
         )
+    if found > most:
+        raise ConfigError(f"--devices: expected at most {most}, found {found}")
     return found
 
 

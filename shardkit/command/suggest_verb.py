@@ -89,9 +89,10 @@ def _show(found: Any, arguments: argparse.Namespace, output: Output) -> None:
     output.table(header, [*_rows(found.leaves)], right=[2])
     output.line()
     if not found.pairs:
-        output.line(
-            "None found: every cut would take more than a sum for two products."
-        )
+        why = "every cut would take more than a sum for two products"
+        if any("does not divide" in leaf.reason for leaf in found.leaves):
+            why = f"{found.size} divides none of the dims that could be cut"
+        output.line(f"None found: {why}.")
         return
     _show_exchanges(found, output)
     output.line()

@@ -6,7 +6,6 @@ their memory. Invariant: all processes of a run find the same. It chooses nothin
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardkit.errors import ConfigError
+from shardkit.errors import ConfigError, MeshError
 from shardkit.mesh import GROUP_AXES, MeshSpec, check_no_mesh_is_set
-from shardkit.planner.profile import HardwareProfile, load_profile, profile_names
+from shardkit.planner.profile import (
+    HardwareProfile,
+    load_profile,
+    profile_names,
+    profile_of_kind,
+)
 
 __all__ = ["AutoMesh", "check_mesh", "find_profile"]
-
-_KINDS = {
-    r"\bh100\b": "h100",
-    r"\bh200\b": "h200",
-    r"\bv5 ?lite\b|\bv5e\b": "v5e",
-    r"\bv5p?\b": "v5p",
-    r"^cpu$": "cpu",
-}
-"""What JAX calls a kind of device → the profile of it; the first that is found."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +64,7 @@ class AutoMesh:
     def __post_init__(self) -> None:
         problems = []
         is_list = not isinstance(self.axes, str) and isinstance(self.axes, Sequence)
-        if not is_list or not set(self.axes) <= {*GROUP_AXES}:
+        if not is_list or not all(axis in GROUP_AXES for axis in self.axes):
             problems.append(
                 f"axes: expected some of {', '.join(GROUP_AXES)} (data and fsdp are "
                 f"always chosen), found {self.axes!r}"
@@ -81,10 +76,13 @@ class AutoMesh:
             elif size > 1 and is_list and axis in self.axes:
                 problems.append(f"{axis}: has the size {size}, and is in axes; choose")
         memory = self.memory_bytes
-        if memory is not None and not (
-            isinstance(memory, int | float) and 0 < memory < math.inf
-        ):
+        is_number = isinstance(memory, int | float) and not isinstance(memory, bool)
+        if memory is not None and not (is_number and 0 < memory < math.inf):
             problems.append(f"memory_bytes: expected more than 0, found {memory!r}")
+        if self.profile is not None and not isinstance(self.profile, str | Path):
+            problems.append(
+                f"profile: expected a name or the path of a file, found {self.profile}"
+            )
         if self.allow_equivalent and not self.axes:
             problems.append("allow_equivalent: is of no use without axes to change")
         if problems:
@@ -125,22 +123,24 @@ def find_profile(auto: AutoMesh, pool: Sequence[Any]) -> HardwareProfile:
 
     Raises:
         ConfigError: If there is no profile, or nobody knows one of their kind.
+        MeshError: If there are no devices.
 
     Example:
         >>> import jax
         >>> find_profile(AutoMesh(memory_bytes=2e9), jax.devices("cpu")).memory_bytes
         2000000000.0
     """
-    profile = load_profile(auto.profile or _name_of(pool[0].device_kind))
+    if not pool:
+        raise MeshError("Trainer: devices: expected at least one, found none")
+    profile = load_profile(auto.profile or _name_of(pool))
     memory = auto.memory_bytes or _memory_bytes(pool) or profile.memory_bytes
     return dataclasses.replace(profile, memory_bytes=float(memory))
 
 
-def _name_of(kind: str) -> str:
-    words = kind.lower()
-    for pattern, name in _KINDS.items():
-        if re.search(pattern, words):
-            return name
+def _name_of(pool: Sequence[Any]) -> str:
+    kind = pool[0].device_kind
+    if (name := profile_of_kind(kind)) is not None:
+        return name
     raise ConfigError(
         f"Trainer: mesh: there is no profile of {kind!r} to choose a mesh by. Name one "
         f"that is like it, sk.AutoMesh(profile=…) or [mesh] profile, of "

@@ -25,7 +25,7 @@ from shardkit.planner.calibration import Sample, calibrated
 from shardkit.planner.cost import predict
 from shardkit.planner.measuring import experiments, measure
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.planner.profile import HardwareProfile, read_profile
+from shardkit.planner.profile import HardwareProfile, profile_of_kind, read_profile
 from shardkit.planner.reading import read_model
 from shardkit.planner.timed_step import TimedStep
 
@@ -34,14 +34,6 @@ __all__ = ["Calibration", "calibrate", "guess_base"]
 _PROGRAMS = 0.75
 """The part of the time that is for programs; the rest is for steps."""
 _NUM_ROUNDS = 7
-_KINDS = {
-    "H200": "h200",
-    "H100": "h100",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "cpu": "cpu",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +62,8 @@ def guess_base(device: Any) -> str:
     Raises:
         ConfigError: If none has.
     """
-    for kind, name in _KINDS.items():
-        if kind in device.device_kind:
-            return name
+    if (name := profile_of_kind(device.device_kind)) is not None:
+        return name
     raise ConfigError(
         f"calibrate: no profile has a datasheet of {device.device_kind!r}. Write one "
         "like those in shardkit/planner/profiles/, and name it: --profile FILE.toml"

@@ -99,7 +99,7 @@ def _walk(
     """Finds the cut of every value; without `wants` no loop looks ahead either."""
     for eqn, numbers, results in steps:
         ins = [values[number] for number in numbers]
-        if wants and results[0] in wants:
+        if wants and results and results[0] in wants:
             ins = deal_out(eqn, ins, wants[results[0]])
         settled, outs = _equation(eqn, ins, ledger, looks_ahead=wants is not None)
         # A sum that was needed once is there for all who need it later.

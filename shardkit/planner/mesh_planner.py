@@ -149,7 +149,8 @@ class MeshPlanner:
         """The sizes that are not chosen."""
         fixed = self._auto.fixed
         if old is not None and not self._auto.allow_equivalent:
-            fixed = {axis: old.get(axis, 1) for axis in GROUP_AXES}
+            # What is given stays given, wherever the state was saved.
+            fixed = {axis: fixed.get(axis, old.get(axis, 1)) for axis in GROUP_AXES}
         least = math.prod(fixed.values())
         if least > num_devices:
             remedy = "Make these axes smaller, in a run that begins anew"

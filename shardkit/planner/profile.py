@@ -8,6 +8,7 @@ reached of them is a factor of its own that says who measured it. It measures no
 import dataclasses
 import importlib.resources
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "Link",
     "load_profile",
     "profile_names",
+    "profile_of_kind",
     "profile_table",
     "read_profile",
 ]
@@ -31,6 +33,15 @@ LINKS = ("inside", "between", "offload")
 
 ALONE = ("products", "others")
 """Matrix products and convolutions, and all that is between them."""
+
+_KINDS = {
+    r"\bh100\b": "h100",
+    r"\bh200\b": "h200",
+    r"\bv5 ?lite\b|\bv5e\b": "v5e",
+    r"\bv5p?\b": "v5p",
+    r"^cpu$": "cpu",
+}
+"""What JAX calls a kind of device → the profile of it; the first that is found."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +141,17 @@ def profile_names() -> list[str]:
     return sorted(n.removesuffix(".toml") for n in names if n.endswith(".toml"))
 
 
+def profile_of_kind(kind: str) -> str | None:
+    """The profile of a kind of device, as JAX calls it; None if there is none.
+
+    Example:
+        >>> profile_of_kind("NVIDIA H200"), profile_of_kind("NVIDIA GH200 480GB")
+        ('h200', None)
+    """
+    found = (n for pattern, n in _KINDS.items() if re.search(pattern, kind.lower()))
+    return next(found, None)
+
+
 def load_profile(name: str | Path) -> HardwareProfile:
     """Loads a profile.
 
@@ -202,6 +224,16 @@ def read_profile(table: Mapping[str, Any], where: str) -> HardwareProfile:
         dtype: products.number(dtype, most=1.0)
         for dtype in {"float32", *products.given}
     }
+    for dtype in sorted(values["flops_fraction"].keys() - peak_flops_s.keys()):
+        problems.append(
+            f"measured.flops_fraction.{dtype}: there is no peak of it in "
+            "datasheet.peak_flops_s"
+        )
+    if values["devices_per_host"] % 1:
+        found = sheet.given.get("devices_per_host")
+        problems.append(
+            f"datasheet.devices_per_host: expected a whole number, found {found!r}"
+        )
     values["is_shared"] = sheet.flag("is_shared")
     values["measured_by"] = measured.text("by")
     inner = (peaks, speeds, products, alone, reached, latencies)
