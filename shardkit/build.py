@@ -212,8 +212,8 @@ def check_rows(batch: Any, config: RunConfig) -> None:
     if len(found) == 1 and found != {expected}:
         raise DataError(
             f"[data] {config.data.factory}: expected {expected} rows in a batch, as "
-            f"global_batch_size is, found {found.pop()}. Return so many, as the factory "
-            "is asked to, or give that number to global_batch_size."
+            f"global_batch_size is, found {found.pop()}. Return as many as the factory "
+            "is asked for, or give their number to global_batch_size."
         )
 
 

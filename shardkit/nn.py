@@ -63,6 +63,9 @@ def embed(
     tokens = _wide(tokens, vocab_size)
     if num_pieces == 1 or vocab_size % num_pieces:
         return table[tokens]
+    # Others than [0, vocab) have the rows that indexing gives them.
+    tokens = jnp.where(tokens < 0, tokens + vocab_size, tokens)
+    tokens = jnp.clip(tokens, 0, vocab_size - 1)
     size = vocab_size // num_pieces
     pieces = table.reshape(num_pieces, size, embed_dim)
     pieces = constrain(pieces, axis, None, ...)

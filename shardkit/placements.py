@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from shardkit.errors import ConfigError, MembershipError, MeshError
 from shardkit.events import EventLog
+from shardkit.layout import LeafLayout
 from shardkit.mesh import MeshSpec, device_ids, group_size
 from shardkit.mesh_choice import Chosen, MeshChooser
 from shardkit.mesh_order import MeshOrder
@@ -228,10 +229,22 @@ class Placements:
         stand = self._stand
         if num_devices not in self._told:
             self._told.add(num_devices)
-            for note in self._chosen(num_devices, stand).notes:
+            chosen = self._chosen(num_devices, stand)
+            for note in (*chosen.notes, *self._about_tensor(chosen.sizes)):
                 self._events.emit("notice", message=note)
         with self._lock:
             return self._choose(num_devices, stand)
+
+    def _about_tensor(self, sizes: Mapping[str, int]) -> list[str]:
+        """Says if an axis that is for parameters cuts none."""
+        leaves: list[LeafLayout] = jax.tree.leaves(self._layout)
+        is_used = any(axis == "tensor" for leaf in leaves for axis, _ in leaf.group)
+        if sizes["tensor"] == 1 or is_used:
+            return []
+        return [
+            f"mesh: tensor is {sizes['tensor']}, and no rule cuts a parameter by it: "
+            "devices of a group compute the same; shardkit suggest finds rules"
+        ]
 
     def preparing(self, num_devices: int) -> Callable[[], int]:
         """Returns what compiles all that a change to `num_devices` needs from here.

@@ -304,3 +304,14 @@ def test_all_that_is_wrong_with_a_profile_is_said_at_once(tmp_path):
     path.write_text("name = ")
     with pytest.raises(ConfigError, match="not TOML"):
         load_profile(path)
+
+
+def test_an_axis_that_cuts_nothing_is_as_fast_as_data():
+    rows = {"tokens": jax.ShapeDtypeStruct((8, 256), jnp.int32)}
+    facts = read_model(plain(), rows, optax.adamw(1e-3), axis_rules={})
+    assert any("nothing is cut by fsdp" in note for note in facts.notes)
+    meshes = Meshes.of({"data": [8, 1, 2], "fsdp": [1, 8, 4]}, 8)
+    profile, topology = load_profile("h100"), Topology(8, 8)
+    found = predict(facts, meshes, profile, topology)
+    step_s = sum(found.time_s.values())
+    assert step_s[1:] == pytest.approx([step_s[0]] * 2, rel=0.01)

@@ -76,7 +76,7 @@ def test_what_it_prints_can_be_pasted(suggest, write):
     found = suggest(write(SMALL), "--tensor", "2")
     assert "Block_*/Dense_*/kernel" in found
     assert "×2" in found
-    rules = found.partition("these tables:\n")[2].partition("\nFor a program")[0]
+    rules = found.partition("before the others:\n")[2].partition("\nFor a program")[0]
     pasted = write(SMALL + rules)
     document = suggest(pasted, "--tensor", "2", "--json")
     cut = {x["path"] for x in document["leaves"] if x["dim"] >= 0}

@@ -39,7 +39,7 @@ def show(title: str, job: Job, drawn: Sequence[Alike], output: Output) -> None:
     output.line(f"{title} on {job.num_devices} devices", style="bold")
     output.facts(facts(job))
     for note in job.notes:
-        output.note(note)
+        output.remark(note)
     output.line()
     _show_exchanges(job, output)
     _show_reshardings(job, output)
@@ -122,7 +122,7 @@ def _show_reshardings(job: Job, output: Output) -> None:
         output.line()
         remedy = row.like.remedy
         output.line(f"Resharding, {row.size}: {row.like.what}", style="bold yellow")
-        output.note(remedy)
+        output.remark(remedy)
 
 
 def _show_held(job: Job, output: Output) -> None:

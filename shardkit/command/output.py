@@ -78,10 +78,10 @@ class Output:
         for line in lines:
             self.line(f"  {line}", style="dim")
 
-    def note(self, text: str) -> None:
+    def remark(self, text: str) -> None:
         """Writes what somebody should know; a name that it begins with stays as it is.
 
-        >>> Output().note("axis_rules: no array has an axis 'emebd'")
+        >>> Output(as_json=False).remark("axis_rules: no array has an axis 'emebd'")
           axis_rules: no array has an axis 'emebd'.
         """
         if not re.match(r"\w+:", text):

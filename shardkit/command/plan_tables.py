@@ -252,7 +252,7 @@ def _show_loss(
 
 def _notes(notes: Sequence[str], output: Output) -> None:
     for note in notes:
-        output.note(note)
+        output.remark(note)
 
 
 def _class_words(

@@ -161,7 +161,8 @@ def _show_exchanges(found: Any, output: Output) -> None:
 def _show_rules(written: Any, output: Output) -> None:
     """Writes what is to be pasted, and what cannot be said that way."""
     if written.axis_rules or written.path_rules:
-        output.line("For the config, before other rules of these tables:", style="dim")
+        said = "For the config, in place of its rules for the same, before the others:"
+        output.line(said, style="dim")
         table = {
             "axis_rules": {n: axis or "" for n, axis in written.axis_rules.items()},
             "path_rules": _plain(written.path_rules),

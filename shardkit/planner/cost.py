@@ -101,11 +101,8 @@ def predict(
     }
     sent: dict[str, Any] = {}
     for axis, (bandwidth, latency) in links.items():
-        num_bytes, calls = _sent(axis, facts, meshes, exact)
-        n = meshes.sizes[axis]
-        sent[axis] = num_bytes
-        delay = np.where(n > 1, calls * latency * np.ceil(np.log2(np.maximum(n, 2))), 0)
-        time_s[f"over {axis}"] = (num_bytes / bandwidth + delay) * share
+        sent[axis], hops = _sent(axis, facts, meshes, exact)
+        time_s[f"over {axis}"] = (sent[axis] / bandwidth + hops * latency) * share
     away = np.where(meshes.offload, 2 * state_bytes(facts, meshes)["optimizer"], 0.0)
     offload = profile.links["offload"]
     time_s["offload"] = away / offload.bandwidth_bytes_s * share
@@ -174,18 +171,25 @@ def _link(
 
 
 def _sent(axis: str, facts: ModelFacts, meshes: Meshes, exact: bool) -> tuple[Any, Any]:
-    """Bytes that a device sends over an axis in a step, and in how many calls."""
-    num_bytes, calls = np.zeros(len(meshes)), np.zeros(len(meshes))
+    """Bytes that a device sends over an axis in a step, and how often one waits."""
+    num_bytes, hops = np.zeros(len(meshes)), np.zeros(len(meshes))
     for exchange in state_exchanges(facts, meshes, exact=exact):
         if exchange.axis == axis:
             num_bytes = num_bytes + exchange.sent_bytes
-            calls = calls + np.ceil(exchange.num_bytes / BUCKET_BYTES)
+            calls = np.ceil(exchange.num_bytes / BUCKET_BYTES)
+            hops = hops + calls * _hops(exchange.num_devices)
     if axis not in GROUP_AXES:
-        return num_bytes, calls
+        return num_bytes, hops
     for exchange in microbatch_exchanges(facts, meshes, exact=exact):
         if exchange.axis == axis:
             num_bytes = num_bytes + meshes.rounds * exchange.sent_bytes
-    return num_bytes, calls + meshes.rounds * facts.work.calls(axis)
+    calls = meshes.rounds * facts.work.calls(axis)
+    return num_bytes, hops + calls * _hops(meshes.sizes[axis])
+
+
+def _hops(num_devices: Any) -> Any:
+    """How often data go on until all devices have them, in a tree."""
+    return np.ceil(np.log2(num_devices))
 
 
 def _update_bytes(facts: ModelFacts, meshes: Meshes) -> Any:

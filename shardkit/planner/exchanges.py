@@ -122,4 +122,5 @@ def _norm_bytes(facts: ModelFacts, exact: bool) -> float:
 
 def _exchange(kind: str, axis: str, state: str, num_bytes: Any, n: Any) -> Exchange:
     times = 2 if kind == "all-reduce" else 1
-    return Exchange(kind, axis, state, num_bytes, times * num_bytes * (n - 1) / n)
+    sent_bytes = times * num_bytes * (n - 1) / n
+    return Exchange(kind, axis, state, num_bytes, sent_bytes, n)

@@ -99,6 +99,7 @@ class Exchange:
             comes out, whichever is more.
         sent_bytes: What each device sends at least: (n - 1) / n of that, twice for an
             all-reduce.
+        num_devices: How many take part: more than the axis has where others add too.
     """
 
     kind: str
@@ -106,6 +107,7 @@ class Exchange:
     state: str
     num_bytes: float
     sent_bytes: float
+    num_devices: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,4 +327,5 @@ class Strategy:
 
 def _exchange(kind: str, axis: str, state: str, num_bytes: float, n: int) -> Exchange:
     times = 2 if kind == "all-reduce" else 1
-    return Exchange(kind, axis, state, num_bytes, times * num_bytes * (n - 1) / n)
+    sent_bytes = times * num_bytes * (n - 1) / n
+    return Exchange(kind, axis, state, num_bytes, sent_bytes, n)

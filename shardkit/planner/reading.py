@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from shardkit.annotations import LeafAxes, read_axes, strip, unused_rules
 from shardkit.errors import ConfigError
-from shardkit.logical_axes import AxisRules, check_rules, mesh_axis, sharded_dims
 from shardkit.layout import SHARD_AXIS
+from shardkit.logical_axes import AxisRules, check_rules, mesh_axis, sharded_dims
 from shardkit.mesh import GROUP_AXES
 from shardkit.model import Model, call_loss
 from shardkit.model_state import split_variables
