@@ -71,15 +71,13 @@ PAIRS = [
     Pair("gpt2", {"data": 2, "tensor": 4}, False),
     Pair("gpt2", {"data": 2, "fsdp": 2, "context": 2}, True, "numbers seams"),
     Pair("gpt2", {"tensor": 2, "context": 2}, True, "digits numbers seams"),
-    Pair(
-        "sequence", {"fsdp": 2, "tensor": 2}, True, "digits numbers scalars seams sides"
-    ),
-    Pair("sequence", {"fsdp": 2, "tensor": 4}, False, "numbers scalars seams sides"),
+    Pair("sequence", {"fsdp": 2, "tensor": 2}, True, "digits sides"),
+    Pair("sequence", {"fsdp": 2, "tensor": 4}, False, "sides"),
     Pair(
         "sequence",
         {"fsdp": 2, "tensor": 2, "context": 2},
         True,
-        "digits numbers scalars seams sides",
+        "digits numbers seams sides",
     ),
     Pair("grouped", {"fsdp": 4, "tensor": 2}, True, "digits"),
     Pair("grouped", {"data": 2, "context": 2}, True, "numbers seams"),
@@ -109,7 +107,6 @@ CLASSES = {
     "microbatches",
     "routing": "XLA cuts the routing by the axis of the experts too, and gathers "
     "tokens where sums of places were predicted",
-    "scalars": "sums of a few numbers",
     "seams": "a slice or pad of a cut dim: what lies next to a seam goes to a "
     "neighbour",
     "sides": "positions that are cut by two axes, or by the one that cuts heads: XLA "
@@ -269,8 +266,6 @@ def class_of(pair, line):
         return "digits"
     if is_number and line.place == "microbatch":
         return "numbers"
-    if line.num_bytes <= 64:
-        return "scalars"
     if MODELS[pair.model][1].get("sequence_parallel"):
         return "sides"
     if MODELS[pair.model][0] == "moe" and "expert" in pair.mesh:

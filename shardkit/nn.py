@@ -58,11 +58,14 @@ def embed(
         >>> embed(jnp.eye(3), jnp.array([2, 0])).tolist()
         [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
     """
-    num_pieces = auto_axes().get(axis or "", 1)
     vocab_size, embed_dim = table.shape
     tokens = _wide(tokens, vocab_size)
-    if num_pieces == 1 or vocab_size % num_pieces:
+    if axis is None:
         return table[tokens]
+    num_pieces = auto_axes().get(axis, 1)
+    if num_pieces == 1 or vocab_size % num_pieces:
+        with jax.named_scope(IN_PIECES):  # Of which there is one.
+            return table[tokens]
     # Others than [0, vocab) have the rows that indexing gives them.
     tokens = jnp.where(tokens < 0, tokens + vocab_size, tokens)
     tokens = jnp.clip(tokens, 0, vocab_size - 1)

@@ -108,6 +108,7 @@ def test_look_ups_that_may_end_the_process_are_told():
     assert "test_group_hazards.py:" in message
     assert "sk.nn.embed" in message
     assert len(messages_of(looking_into_pieces, **mesh)) == 1
+    assert not messages_of(looking_into_pieces, fsdp=2, expert=2, context=2)
     [message] = messages_of(looking_up, fsdp=1, tensor=2, context=2)
     assert "no rule cuts a parameter by it" in message
     assert not messages_of(looking_up, fsdp=2, context=2)
