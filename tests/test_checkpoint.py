@@ -41,7 +41,11 @@ def edit_record(config, step, change):
     ("first", "then"),
     [
         (sk.MeshSpec(data=2, fsdp=-1), sk.MeshSpec(data=1, fsdp=-1)),
-        (sk.MeshSpec(data=1, fsdp=-1), sk.MeshSpec(data=-1, fsdp=2)),
+        pytest.param(
+            sk.MeshSpec(data=1, fsdp=-1),
+            sk.MeshSpec(data=-1, fsdp=2),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["2x4 to 1x3", "1x3 to 3x2"],
 )

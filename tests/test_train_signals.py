@@ -87,6 +87,7 @@ def test_leaving_before_the_first_step(run, send):
     assert steps("my run") == [(0, 8), (1, 8)]
 
 
+@pytest.mark.slow
 def test_one_device_fewer_before_the_first_step(run, send):
     send(build, "device_pool", signal.SIGUSR1, signal.SIGUSR1)
     assert run("--out", "out", "--steps", "2")[0] == 0
