@@ -143,8 +143,9 @@ def _rounds(meshes: Meshes, profile: HardwareProfile, alone: float) -> Any:
     """How many microbatches it takes as long as, one after the other.
 
     Those that share a host leave it to the others when they are done, so that it
-    computes all of its microbatches, however they are dealt out; but a device that
-    is alone has a part of it only.
+    computes all of its microbatches, however they are dealt out. A device that is alone
+    keeps a part of it busy only, and of what is idle then each further one takes that
+    part, as they do not wait at the same time.
     """
     if not profile.is_shared:
         return meshes.rounds
@@ -152,9 +153,8 @@ def _rounds(meshes: Meshes, profile: HardwareProfile, alone: float) -> Any:
     groups = meshes.sizes["data"] * meshes.sizes["fsdp"]
     groups = np.minimum(groups, np.maximum(per_host // meshes.inner, 1))
     together = np.minimum(meshes.rounds * groups, meshes.num_microbatches)
-    return np.maximum(
-        together * np.minimum(meshes.inner, per_host), meshes.rounds / alone
-    )
+    busy = 1 - (1 - alone) ** np.minimum(groups * meshes.inner, per_host)
+    return together * np.minimum(meshes.inner, per_host) / busy
 
 
 def _link(
