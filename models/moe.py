@@ -241,7 +241,7 @@ class MoE(nnx.Module):
         self, tokens_BT: Int[Array, "B T"], key: PRNGKeyArray | None, **options: Any
     ) -> tuple[Float[Array, "B T V"], list[tuple[Array, Routed]]]:
         """Computes logits, and of every layer probabilities and where tokens went."""
-        x_BTD = sk.nn.embed(self.embedding[...], tokens_BT, "tensor")
+        x_BTD: Any = sk.nn.embed(self.embedding[...], tokens_BT, "tensor")
         x_BTD = share_stream(self.config, x_BTD)
         x_BTD = sk.nn.dropout(x_BTD, gpt.fold_in(key, 0), self.config.dropout)
         routed = []
