@@ -80,7 +80,7 @@ class EventLog:
     - `"announced"`: `step`, `from_devices`, `to_devices`. A change that waits for its
       program, or one that is taken back, `to_devices` being what there is.
     - `"plan"`, where the mesh is chosen, before anything follows from it: `step`,
-      `message` (all in a line, which is logged where nobody listens), `num_devices`,
+      `message` (in words, which are logged where nobody listens), `num_devices`,
       `num_idle`, `mesh`, `step_s`, `time_s`, `memory_bytes`, `memory`,
       `limit_bytes`, `runners_up` and `too_large` (each with `why`), `notes`,
       `consistency` with the mesh before (None for the first), `steps_left`, `move_s`,

@@ -6,12 +6,11 @@ a mesh that was chosen is told before anything is done about it. It moves nothin
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from shardkit.events import EventLog
 from shardkit.placement import Placement
 from shardkit.placements import Placements
-from shardkit.words import format_mesh
+from shardkit.words import format_plan
 
 __all__ = ["Headcount"]
 
@@ -75,16 +74,5 @@ class Headcount:
     def _tell(self, num_devices: int, step: int) -> None:
         plan = self._placements.plan(num_devices)
         if plan is not None:
-            message = f"step {step}: {_in_words(plan)}"
-            self._events.emit("plan", step=step, message=message, **plan)
-
-
-def _in_words(plan: Mapping[str, Any]) -> str:
-    """Says in a line what the event says at length."""
-    others = [*plan["runners_up"], *plan["too_large"]][:2]
-    said = [
-        f"{plan['num_devices']} devices are {format_mesh(plan['mesh'])}, by prediction",
-        *plan["notes"],
-        *(f"{format_mesh(other['mesh'])}: {other['why']}" for other in others),
-    ]
-    return "; ".join(said)
+            fields = {"step": step, **plan}
+            self._events.emit("plan", message=format_plan(fields), **fields)

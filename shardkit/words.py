@@ -4,8 +4,9 @@ Owns these spellings. It knows no numbers of its own.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["format_bytes", "format_mesh", "format_time"]
+__all__ = ["format_bytes", "format_mesh", "format_plan", "format_time"]
 
 
 def format_mesh(mesh: Mapping[str, int]) -> str:
@@ -44,3 +45,31 @@ def format_time(spent_ms: float) -> str:
         spent_s = spent_ms / 1000
         return f"{spent_s:.{max(0, 3 - len(str(int(spent_s))))}f} s"
     return f"{spent_ms:.0f} ms" if spent_ms >= 10 else f"{spent_ms:.1f} ms"
+
+
+def format_plan(fields: Mapping[str, Any]) -> str:
+    """Writes which mesh was chosen, and what is worth knowing of that, in two lines.
+
+    >>> print(format_plan({"step": 0, "num_devices": 8, "mesh": {"data": 7},
+    ...     "step_s": 2.2, "memory_bytes": 2**34, "limit_bytes": 2**36,
+    ...     "runners_up": [], "notes": ["1 of 8 devices stay idle"],
+    ...     "consistency": None}))
+    step 0: mesh data=7 for 8 devices: 2.20 s a step predicted, 16 of 64 GiB a device
+      1 of 8 devices stay idle
+    """
+    used, most = (format_bytes(fields[x]) for x in ("memory_bytes", "limit_bytes"))
+    if used.split()[-1] == most.split()[-1]:
+        used = used.split()[0]
+    spent = format_time(1e3 * fields["step_s"])
+    words = [
+        f"step {fields['step']}: mesh {format_mesh(fields['mesh'])} for "
+        f"{fields['num_devices']} devices: {spent} a step predicted, {used} of {most} "
+        "a device"
+    ]
+    words += ["equivalent"] if fields["consistency"] == "equivalent" else []
+    others = fields["runners_up"][:1]
+    more = fields["notes"] or [
+        f"next {format_mesh(x['mesh'])}: {x['why']}" for x in others
+    ]
+    lines = [", ".join(words)] + (["; ".join(more)] if more else [])
+    return "\n  ".join(lines)

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shardkit.command.options import MOST_EMULATED, number
+from shardkit.command.options import MOST_EMULATED, can_write, number
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError
 from shardkit.planner.profile import profile_names, profile_table
@@ -62,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Calibrates, shows what was found and writes it."""
     out: Path | None = arguments.out
-    if out is not None and (
-        out.suffix != ".toml" or not out.parent.is_dir() or out.is_dir()
-    ):
+    if out is not None and not (out.suffix == ".toml" and can_write(out)):
         raise ConfigError(
             f"--out: expected a .toml file in a directory that is there, found {out}"
         )

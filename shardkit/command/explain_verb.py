@@ -13,6 +13,7 @@ from shardkit import config as configs
 from shardkit.command.options import (
     MOST_EMULATED,
     add_devices,
+    can_write,
     counts,
     device_count,
 )
@@ -83,7 +84,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     config = dataclasses.replace(config, mesh=mesh)
     num_devices = device_count(arguments, config.devices, MOST_EMULATED)
     written = {"--svg": arguments.svg, "--html": arguments.html}
-    bad = [f"{name} {path}" for name, path in written.items() if not _fits(path)]
+    bad = [
+        f"{name} {path}"
+        for name, path in written.items()
+        if path and not can_write(path)
+    ]
     if bad:
         raise ConfigError(
             f"{', '.join(bad)}: expected a file in a directory that is there"
@@ -114,7 +119,3 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for path in filter(None, (arguments.svg, arguments.html)):
             output.line(f"{path} shows it")
     return FORBIDDEN if broken else 0
-
-
-def _fits(path: Path | None) -> bool:
-    return path is None or (path.parent.is_dir() and not path.is_dir())

@@ -21,6 +21,7 @@ __all__ = [
     "add_limit",
     "add_maxtext",
     "add_step",
+    "can_write",
     "counts",
     "device_count",
     "names",
@@ -74,6 +75,11 @@ def device_count(
     if found > most:
         raise ConfigError(f"--devices: expected at most {most}, found {found}")
     return found
+
+
+def can_write(path: Path) -> bool:
+    """Whether a file can have this path: told before the work that it is for."""
+    return path.parent.is_dir() and not path.is_dir()
 
 
 def add_compress(parser: argparse.ArgumentParser) -> None:

@@ -26,13 +26,13 @@ from shardkit.report.tensorboard import TensorBoard
 from shardkit.report.terminal import (
     Terminal,
     format_announced,
-    format_plan,
     format_reconfigure,
     format_reconfiguring,
 )
 from shardkit.report.timeline import write_timeline
 from shardkit.report.trace import TraceFile
 from shardkit.snapshot.recent import LastStep
+from shardkit.words import format_plan
 
 __all__ = ["Report"]
 

@@ -29,7 +29,6 @@ __all__ = [
     "format_announced",
     "format_bytes",
     "format_mesh",
-    "format_plan",
     "format_reconfigure",
     "format_reconfiguring",
     "format_time",
@@ -86,34 +85,6 @@ def format_reconfiguring(fields: Mapping[str, Any]) -> str:
         f"devices ({format_mesh(fields['from_mesh'])} -> "
         f"{format_mesh(fields['to_mesh'])}): equivalent, to rounding"
     )
-
-
-def format_plan(fields: Mapping[str, Any]) -> str:
-    """Writes which mesh was chosen, and what is worth knowing of that, in two lines.
-
-    >>> print(format_plan({"step": 0, "num_devices": 8, "mesh": {"data": 7},
-    ...     "step_s": 2.2, "memory_bytes": 2**34, "limit_bytes": 2**36,
-    ...     "runners_up": [], "notes": ["1 of 8 devices stay idle"],
-    ...     "consistency": None}))
-    step 0: mesh data=7 for 8 devices: 2.20 s a step predicted, 16 of 64 GiB a device
-      1 of 8 devices stay idle
-    """
-    used, most = (format_bytes(fields[x]) for x in ("memory_bytes", "limit_bytes"))
-    if used.split()[-1] == most.split()[-1]:
-        used = used.split()[0]
-    spent = format_time(1e3 * fields["step_s"])
-    words = [
-        f"step {fields['step']}: mesh {format_mesh(fields['mesh'])} for "
-        f"{fields['num_devices']} devices: {spent} a step predicted, {used} of {most} "
-        "a device"
-    ]
-    words += ["equivalent"] if fields["consistency"] == "equivalent" else []
-    others = fields["runners_up"][:1]
-    more = fields["notes"] or [
-        f"next {format_mesh(x['mesh'])}: {x['why']}" for x in others
-    ]
-    lines = [", ".join(words)] + (["; ".join(more)] if more else [])
-    return "\n  ".join(lines)
 
 
 def format_announced(fields: Mapping[str, Any]) -> str:
