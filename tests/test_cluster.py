@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -185,13 +186,27 @@ def test_a_crash_that_repeats_ends_the_run(launch):
     assert "in misbehave" in errors
     assert "the state is saved" in errors
     assert '"step": 12' in (cluster.out / "checkpoint.json").read_text()
-    assert max(x["generation"] for x in cluster.notes(what="begin")) == 3
+    assert max(x["generation"] for x in cluster.notes(what="begin")) == 3, errors
 
 
 def test_a_crash_that_passes_does_not(launch):
     crash = {"at": 12, "process": 1, "error": "a bit fell over", "until": 1}
     cluster = launch(counter=crash)
     assert "a bit fell over" in check_end(cluster)
+
+
+def test_the_first_to_fail_is_the_cause_however_late_its_host_says_so(launch):
+    crash = {"at": 12, "process": 1, "error": "a bit fell over", "until": 1}
+    cluster = launch(counter={**crash, "stops_agent": True})
+    agent = cluster.seats(1)[1]["parent"]
+    stat = Path(f"/proc/{agent}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "a stop")
+    # Time for its peers to fail too, and for the others to be told to end.
+    time.sleep(0.7)
+    os.kill(agent, signal.SIGCONT)
+    # It had failed by itself, or was ended while it did.
+    told = r"process 1 on host-1 .* \(ValueError: a bit fell over\); going on"
+    assert re.search(told, check_end(cluster))
 
 
 def test_the_programs_own_verdict_ends_the_run_at_once(launch):

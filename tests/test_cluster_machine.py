@@ -77,6 +77,14 @@ def test_what_a_crash_does_to_its_peers_is_not_the_cause():
     assert "process 2 on host-2" in world.machine.recoveries[0].cause
 
 
+def test_the_first_to_crash_is_the_cause_whenever_that_is_heard():
+    world = begin()
+    crash(world, "host-0", kind="RuntimeError", message="a peer is gone", age_s=0.2)
+    crash(world, "host-2", message="no layer", age_s=0.3)
+    world.until(lambda: world.machine.generation == 2)
+    assert "process 2 on host-2" in world.machine.recoveries[0].cause
+
+
 def test_trouble_of_the_cluster_is_not_the_programs_verdict():
     world = begin()
     crash(world, "host-0", code=2, kind="Unanswered", message="nobody said")

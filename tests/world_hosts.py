@@ -90,7 +90,7 @@ class Worker:
         self.id, self.state, self.assignment = id, "ready", None
         self.prepares, self.left, self.prepared = prepares, 0, None
         self.step, self.phase, self.code, self.told = -1, "start", None, {}
-        self.by_us = False
+        self.by_us, self.exit_age_s = False, 0.0
         self.halt = None
 
     def report(self):
@@ -108,7 +108,8 @@ class Worker:
             found |= {"step": self.step, "phase": self.phase, "facts": {}, **self.told}
         if self.code is not None:
             found |= {"code": self.code, "status": f"ended with {self.code}"}
-            found |= {"ended_by_us": self.by_us, "exit_age_s": 0.0, "tail": []}
+            found |= {"ended_by_us": self.by_us, "exit_age_s": self.exit_age_s}
+            found |= {"tail": []}
         return found
 
 
@@ -123,13 +124,16 @@ class Agent:
         # What protects which step; and images that were rebuilt or damaged.
         self.guards, self.made, self.rebuilds, self.damaged = {}, {}, [], set()
         self.num_started, self.failed = 0, None
+        # No two machines began to count at the same time.
+        self.clock_s = 1e5 * len(host) * int(incarnation) - 3e4 * ord(host[-1])
 
-    def report(self, beat=True):
+    def report(self, now_s, beat=True):
         return {
             "type": "report",
             "host": self.host,
             "incarnation": self.incarnation,
             "beat": beat,
+            "said_s": now_s + self.clock_s,
             "address": "127.0.0.1:1",
             "port": 1,
             "generation": self.generation,

@@ -188,7 +188,7 @@ class World:
                 if self.drops:
                     self.drops -= 1
                 else:
-                    report = agent.report(beat)
+                    report = agent.report(self.now_s, beat)
                     self.carry_out(self.machine.heard(report, self.now_s))
 
     def running(self):
@@ -290,8 +290,10 @@ def begin(*, prepares=False, **options):
     return world
 
 
-def crash(world, host, code=1, message="no", kind="ValueError"):
-    crash_worker(world.agents[host].running()[0], code, message, kind)
+def crash(world, host, code=1, message="no", kind="ValueError", age_s=0.0):
+    worker = world.agents[host].running()[0]
+    worker.exit_age_s = age_s
+    crash_worker(worker, code, message, kind)
 
 
 def crash_worker(worker, code, message, kind):

@@ -76,10 +76,11 @@ class Aftermath:
 
     def judge(self, live: Live, choice: Choice, now_s: float) -> Verdict | None:
         """Learns what is gone on from; whether the run is to end all the same."""
-        for cause in find_deaths(live):
-            if cause.text not in {known.text for known in self._causes}:
-                self._causes.append(cause)
-        root, verdict = self.crashes.judge(self._causes, live.step)
+        # When each ended is known best now that all have been heard.
+        deaths = find_deaths(live)
+        texts = {cause.text for cause in deaths}
+        causes = [cause for cause in self._causes if cause.text not in texts] + deaths
+        root, verdict = self.crashes.judge(causes, live.step)
         self._causes = []
         recovery = self.recoveries[-1]
         recovery.cause = root.text

@@ -198,6 +198,7 @@ class Agent:
                 "host": self._host,
                 "incarnation": self._incarnation,
                 "beat": beat,
+                "said_s": self._told_s,
                 "address": self._address,
                 "port": self._port.number,
                 "generation": self._generation,
@@ -336,6 +337,7 @@ class Agent:
             link.post({"type": "stale"})
             return
         worker.link, link.peer = link, f"worker {worker.id} of {self._host}"
+        worker.is_heard = True
         waiting: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -348,6 +350,8 @@ class Agent:
         finally:
             for task in waiting:
                 task.cancel()
+            worker.is_heard = False
+            self._workers.heard_out(worker)
 
     def _worker_said(
         self, worker: Worker, header: dict[str, Any]
@@ -360,17 +364,23 @@ class Agent:
                 self._soon()
                 self._keep()
             return None
-        if worker.generation != self._generation or worker.is_ending:
+        if worker.generation != self._generation:
             self._pass_on(worker, {"type": "stale"})
             return None
-        if kind == "progress":
+        if kind == "failed":
+            # Also of one that is being ended: it had failed before it was killed.
+            worker.told[kind] = header
+            if worker.failed_s is None:
+                worker.failed_s = min(header["at_s"], time.monotonic())
+            self._soon()
+        elif worker.is_ending:
+            self._pass_on(worker, {"type": "stale"})
+        elif kind == "progress":
             before = worker.told["phase"]
             worker.told |= {key: header[key] for key in ("step", "phase", "facts")}
             self._soon(at_once=before != header["phase"])
-        elif kind in ("answered", "restored", "halted", "finished", "failed"):
+        elif kind in ("answered", "restored", "halted", "finished"):
             worker.told[kind] = header
-            if kind == "failed" and worker.failed_s is None:
-                worker.failed_s = time.monotonic()
             self._soon()
         elif kind == "event" and self._supervisor is not None:
             assert worker.assignment is not None

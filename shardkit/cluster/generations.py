@@ -96,7 +96,7 @@ class Machine:
         host = self._roster.heard(report, now_s)
         if host is not None:
             if self.live is not None:
-                self.live.read(host.name, host.workers(), now_s)
+                self.live.read(host, now_s)
             if report["beat"]:
                 self._repeat(host)
         return self._advance(now_s)

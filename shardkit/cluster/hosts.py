@@ -5,6 +5,7 @@ that was there is only taken for gone when its engine says so or `end_s` after i
 told to end it; one that is lost again and again waits longer each time.
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,9 @@ from shardkit.cluster.settings import Limits
 from shardkit.cluster.split import HostPlan
 
 __all__ = ["Host"]
+
+_NUM_LAGS = 64
+"""Of so many reports one came through at once, and clocks have hardly drifted."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -29,6 +33,7 @@ class Host:
         until_s: Until when it is quarantined; None if it is not.
         why: Why it is, or was lost last.
         report: What its agent last said.
+        said_s: When it said so, by the supervisor's clock.
         losses: When it was lost, as far as that is remembered.
         num_quarantines: How often it was quarantined.
         dead: The agents that are gone, of which nothing more is believed.
@@ -44,6 +49,10 @@ class Host:
     losses: list[float] = dataclasses.field(default_factory=list)
     num_quarantines: int = 0
     dead: set[str] = dataclasses.field(default_factory=set)
+    said_s: float = 0.0
+    lags: collections.deque[float] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=_NUM_LAGS)
+    )
     num_failed: int = 0
     failed_ids: set[int] = dataclasses.field(default_factory=set)
 
@@ -71,6 +80,9 @@ class Host:
         if not self.is_alive:
             self.enter("alive", now_s)
         self.seen_s, self.report = now_s, dict(report)
+        # The least that clocks and way took, of late, is how far the clocks are apart.
+        self.lags.append(now_s - report["said_s"])
+        self.said_s = report["said_s"] + min(self.lags)
 
     def workers(self) -> dict[int, dict[str, Any]]:
         """Returns what is known of its workers, by their number."""
@@ -123,6 +135,7 @@ class Host:
         self.enter("absent", now_s)
         self.dead.add(self.report.get("incarnation", ""))
         self.report, self.why = {}, why
+        self.lags.clear()
         self.num_failed, self.failed_ids = 0, set()
         since_s = now_s - limits.flap_window_s
         self.losses = [loss for loss in self.losses if loss > since_s] + [now_s]

@@ -11,6 +11,7 @@ from typing import Any
 
 from shardkit.cluster.causes import DAMAGE
 from shardkit.cluster.deadlines import Deadlines
+from shardkit.cluster.hosts import Host
 from shardkit.cluster.records import Assignment
 from shardkit.cluster.settings import Limits
 from shardkit.cluster.stragglers import Speeds
@@ -140,10 +141,11 @@ class Live:
         base = self.watchdog.step if self.resume_step is None else self.resume_step
         return max(0, self.watchdog.step - base)
 
-    def read(self, host: str, workers: Mapping[int, dict], now_s: float) -> None:
+    def read(self, host: Host, now_s: float) -> None:
         """Learns what a host says of its workers."""
+        workers = host.workers()
         for process, seat in enumerate(self.seats):
-            if seat.assignment.host != host:
+            if seat.assignment.host != host.name:
                 continue
             entry = workers.get(seat.worker, {})
             if entry.get("generation") != self.generation:
@@ -151,7 +153,7 @@ class Live:
             self.entries[process] = entry
             if "exit_age_s" in entry:
                 age_s = max(entry["exit_age_s"], entry.get("failed_age_s", 0.0))
-                entry["ended_s"] = now_s - age_s
+                entry["ended_s"] = host.said_s - age_s
             self.watchdog.progress(process, entry["step"], entry["phase"], now_s)
             self.watchdog.heard(process, entry["silent_s"], now_s)
             if entry["state"] == "exited" or "finished" in entry or "halted" in entry:

@@ -241,6 +241,8 @@ class Member:
                 "message": message[:_MAX_TEXT],
                 "traceback": traceback[-_MAX_TEXT:],
                 "step": self._newest["step"] if step is None else step,
+                # By the clock that its agent has too.
+                "at_s": time.monotonic(),
             }
         )
 

@@ -36,6 +36,8 @@ _NICENESS = 10
 _MOST_REMEMBERED = 4
 _MOST_CHARACTERS = 150_000
 """Of what all that have ended said last; as JSON it has to fit into a header."""
+_LAST_WORDS_S = 0.2
+"""Who holds the connection of a process that has ended is not waited for longer."""
 
 
 class Worker:
@@ -47,6 +49,7 @@ class Worker:
             `"running"` or `"exited"`.
         link: Its connection; None before it joins.
         assignment: What it is; None for a standby.
+        is_heard: Whether its connection is being read.
         told: What it last said, as the report has it.
         prepares: Whether it would prepare for what it may become.
     """
@@ -61,7 +64,7 @@ class Worker:
         self.started_s = self.heard_s = time.monotonic()
         self.ended_s: float | None = None
         self.failed_s: float | None = None
-        self.is_ending = self.prepares = False
+        self.is_ending = self.prepares = self.is_heard = False
 
     @property
     def generation(self) -> int | None:
@@ -95,7 +98,8 @@ class Worker:
             }
         if self.failed_s is not None:
             found["failed_age_s"] = now_s - self.failed_s
-        if self.ended_s is not None:
+        if self.state == "exited":
+            assert self.ended_s is not None
             assert self.child.returncode is not None
             found |= {
                 "code": self.child.returncode,
@@ -158,7 +162,7 @@ class Workers:
 
     def report(self) -> list[dict[str, Any]]:
         """Says what is known of all, as JSON values; the more have ended, the less."""
-        ended = [w for w in self.all.values() if w.ended_s or w.failed_s]
+        ended = [w for w in self.all.values() if w.state == "exited" or w.failed_s]
         most = _MOST_CHARACTERS // max(1, len(ended))
         return [worker.report(most) for worker in self.all.values()]
 
@@ -260,9 +264,18 @@ class Workers:
 
     def _ended(self, worker: Worker, stderr: "_Stderr") -> None:
         stderr.finish()
-        worker.state, worker.ended_s = "exited", time.monotonic()
-        if worker.link is not None:
-            worker.link.abort()
+        worker.ended_s = time.monotonic()
+        if worker.is_heard and worker.link is not None:
+            # What it said last may not have been read yet, and may be why it ended.
+            loop = asyncio.get_running_loop()
+            loop.call_later(_LAST_WORDS_S, worker.link.abort)
+        self.heard_out(worker)
+
+    def heard_out(self, worker: Worker) -> None:
+        """Learns that a worker's process, or its connection, has come to an end."""
+        if worker.ended_s is None or worker.is_heard:
+            return
+        worker.state = "exited"
         standbys = [w for w in self.in_state("exited") if w.assignment is None]
         for old in standbys[:-_MOST_REMEMBERED]:
             del self.all[old.id]

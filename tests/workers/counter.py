@@ -8,6 +8,7 @@ is the same in all processes. Arguments: JSON.
 import hashlib
 import json
 import os
+import signal
 import socket
 import struct
 import sys
@@ -113,6 +114,8 @@ def misbehave(options, assignment, step):
     if step != options.get("at") or assignment.generation > options.get("until", 99):
         return
     if assignment.process_index == options.get("process", 0):
+        if options.get("stops_agent"):
+            os.kill(os.getppid(), signal.SIGSTOP)
         if "error" in options:
             raise ValueError(options["error"])
         if "exit" in options:
@@ -134,6 +137,7 @@ def main():
         out,
         what="begin",
         pid=os.getpid(),
+        parent=os.getppid(),
         generation=assignment.generation,
         process=assignment.process_index,
         host=assignment.host,
