@@ -83,10 +83,10 @@ def checked_config(options: Mapping[str, Any]) -> GPTConfig:
     known = [field.name for field in dataclasses.fields(GPTConfig)]
     if unknown := sorted(set(options).difference(known)):
         close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise sk.ConfigError(
             f"models.gpt: unknown option {', '.join(map(repr, unknown))}; "
-            + f"did you mean {close[0]!r}? " * len(close)
-            + f"The options are preset, {', '.join(known)}."
+            f"{hint}the options are preset, {', '.join(known)}."
         )
     return GPTConfig(**options)
 

@@ -337,7 +337,6 @@ class Agent:
             link.post({"type": "stale"})
             return
         worker.link, link.peer = link, f"worker {worker.id} of {self._host}"
-        worker.is_heard = True
         waiting: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -350,7 +349,6 @@ class Agent:
         finally:
             for task in waiting:
                 task.cancel()
-            worker.is_heard = False
             self._workers.heard_out(worker)
 
     def _worker_said(
@@ -369,9 +367,7 @@ class Agent:
             return None
         if kind == "failed":
             # Also of one that is being ended: it had failed before it was killed.
-            worker.told[kind] = header
-            if worker.failed_s is None:
-                worker.failed_s = min(header["at_s"], time.monotonic())
+            worker.fail(header)
             self._soon()
         elif worker.is_ending:
             self._pass_on(worker, {"type": "stale"})

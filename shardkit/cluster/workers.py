@@ -49,7 +49,7 @@ class Worker:
             `"running"` or `"exited"`.
         link: Its connection; None before it joins.
         assignment: What it is; None for a standby.
-        is_heard: Whether its connection is being read.
+        is_heard_out: Whether its connection has been read to its end.
         told: What it last said, as the report has it.
         prepares: Whether it would prepare for what it may become.
     """
@@ -64,12 +64,18 @@ class Worker:
         self.started_s = self.heard_s = time.monotonic()
         self.ended_s: float | None = None
         self.failed_s: float | None = None
-        self.is_ending = self.prepares = self.is_heard = False
+        self.is_ending = self.prepares = self.is_heard_out = False
 
     @property
     def generation(self) -> int | None:
         """The generation that it is in; None for a standby."""
         return None if self.assignment is None else self.assignment.generation
+
+    def fail(self, header: dict[str, Any]) -> None:
+        """Learns what it says of an error that ends it, and when that was."""
+        self.told["failed"] = header
+        if self.failed_s is None:
+            self.failed_s = min(header["at_s"], time.monotonic())
 
     def report(self, most: int = _MOST_CHARACTERS) -> dict[str, Any]:
         """Says what is known of it, as JSON values.
@@ -265,16 +271,20 @@ class Workers:
     def _ended(self, worker: Worker, stderr: "_Stderr") -> None:
         stderr.finish()
         worker.ended_s = time.monotonic()
-        if worker.is_heard and worker.link is not None:
+        if worker.link is None or worker.is_heard_out:
+            self._over(worker)
+        else:
             # What it said last may not have been read yet, and may be why it ended.
             loop = asyncio.get_running_loop()
             loop.call_later(_LAST_WORDS_S, worker.link.abort)
-        self.heard_out(worker)
 
     def heard_out(self, worker: Worker) -> None:
-        """Learns that a worker's process, or its connection, has come to an end."""
-        if worker.ended_s is None or worker.is_heard:
-            return
+        """Learns that nothing more comes from a worker's connection."""
+        worker.is_heard_out = True
+        if worker.ended_s is not None:
+            self._over(worker)
+
+    def _over(self, worker: Worker) -> None:
         worker.state = "exited"
         standbys = [w for w in self.in_state("exited") if w.assignment is None]
         for old in standbys[:-_MOST_REMEMBERED]:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from shardkit.mesh import GROUP_AXES, consistency_class
-from shardkit.planner.choice import Choice, Plan
+from shardkit.planner.choice import Choice, Plan, why_not
 from shardkit.planner.elastic_choice import ElasticPlan, choose_next
 from shardkit.planner.exchanges import microbatch_exchanges, state_exchanges
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
-from shardkit.planner.room import check_room, predicted
+from shardkit.planner.room import check_room, predicted, variants
 from shardkit.planner.search import KEPT_PART, Job, search
+from shardkit.words import format_mesh
 
 __all__ = ["Findings", "find"]
 
@@ -33,7 +34,10 @@ class Findings:
         topology: The devices.
         profile: What they can do, with the memory that was asked for.
         plan: The chosen mesh and the others.
-        current: The config's mesh on these devices, which may be the chosen one.
+        current: The config's mesh on these devices, which may be the chosen one, and
+            all else as in the config.
+        otherwise: The chosen mesh with all else that may be chosen: those that fit,
+            the fastest first, and the others; empty if the mesh alone is chosen.
         after: What to go on with after a loss; None if it was not asked for.
     """
 
@@ -42,12 +46,17 @@ class Findings:
     profile: HardwareProfile
     plan: Plan
     current: Choice
+    otherwise: tuple[Choice, ...]
     after: ElasticPlan | None
 
     @property
     def facts(self) -> ModelFacts:
-        """The model, with the microbatches of the job."""
+        """The model, as the config has it."""
         return next(self.job.blocks())[2]
+
+    def facts_of(self, choice: Choice) -> ModelFacts:
+        """The model, with the microbatches of a choice."""
+        return self.job.model(choice.remat, choice.num_microbatches)
 
     @property
     def limit_bytes(self) -> float:
@@ -59,7 +68,7 @@ class Findings:
 
         Work that is done again, as with remat, does not count.
         """
-        facts = self.facts
+        facts = self.facts_of(choice)
         forward, work = facts.forward.total_flops, facts.work.total_flops
         if not work:
             return 0.0
@@ -79,8 +88,9 @@ class Findings:
         meshes = Meshes.of(choice.sizes, choice.num_microbatches, choice.rounds)
         found: dict[tuple[str, str], dict[str, Any]] = {}
         exact, rounds = self.job.exact, float(meshes.rounds[0])
-        all_of = [(x, 1.0) for x in state_exchanges(self.facts, meshes, exact=exact)]
-        each_of = microbatch_exchanges(self.facts, meshes, exact=exact)
+        facts = self.facts_of(choice)
+        all_of = [(x, 1.0) for x in state_exchanges(facts, meshes, exact=exact)]
+        each_of = microbatch_exchanges(facts, meshes, exact=exact)
         for each, times in [*all_of, *((x, rounds) for x in each_of)]:
             sent = float(np.ravel(each.sent_bytes)[0]) * times
             if not sent:
@@ -95,11 +105,37 @@ class Findings:
             row["sent_bytes"] += sent
         return list(found.values())
 
-    def consistency(self, old: Mapping[str, int], new: Mapping[str, int]) -> str:
-        """The class of a change of mesh: sums of floats keep no bits."""
-        if self.job.exact or dict(old) == dict(new):
-            return consistency_class(old, new)
-        return "equivalent"
+    def spell(self, choice: Choice) -> str:
+        """The mesh, and what else was chosen."""
+        words = [format_mesh(choice.sizes), self.spell_beside(choice)]
+        return " ".join(filter(None, words))
+
+    def spell_beside(self, choice: Choice) -> str:
+        """What was chosen beside the mesh, of that which could be."""
+        job, words = self.job, []
+        if len(job.facts) > 1:
+            words.append(choice.remat)
+        if job.chooses_offload and choice.offload:
+            words.append("offload")
+        if len(job.num_microbatches) != 1:
+            words.append(f"{choice.num_microbatches} microbatches")
+        return " ".join(words)
+
+    def why_not(self, choice: Choice) -> str:
+        """Why it is not the one that was chosen."""
+        return why_not(self.plan.best, choice, self.topology, self.limit_bytes)
+
+    def consistency(self, old: Choice, new: Choice) -> str:
+        """The class of a change: sums of floats keep no bits, nor do other programs.
+
+        `"another run"` has other microbatches, and so other random numbers.
+        """
+        if old.num_microbatches != new.num_microbatches:
+            return "another run"
+        is_same = dict(old.sizes) == dict(new.sizes)
+        if old.remat != new.remat or not (self.job.exact or is_same):
+            return "equivalent"
+        return consistency_class(old.sizes, new.sizes)
 
 
 def find(
@@ -130,13 +166,14 @@ def find(
     plan = search(job, topology, profile)
     after = None
     if num_lost:
-        fewer = dataclasses.replace(
-            topology, num_devices=topology.num_devices - num_lost
-        )
-        rest = job
+        num_left = topology.num_devices - num_lost
+        # Nobody knows which: it may be the fastest.
+        speeds = tuple(sorted(topology.speeds)[:num_left])
+        fewer = dataclasses.replace(topology, num_devices=num_left, speeds=speeds)
+        rest = job.chosen(plan.best)
         if keeps_groups:
             kept = {axis: plan.best.sizes[axis] for axis in GROUP_AXES}
-            rest = dataclasses.replace(job, fixed=kept)
+            rest = dataclasses.replace(rest, fixed=kept)
         where = f"--what-if-lose {num_lost}: "
         check_room(rest, fewer, profile, where=where, more_memory="--hbm {}")
         after = choose_next(
@@ -151,4 +188,11 @@ def find(
     now = plan.best
     if current is not None:
         now = predicted(job, topology, profile, current)
-    return Findings(job, topology, profile, plan, now, after)
+    elif job.has_choices:
+        now = predicted(job, topology, profile, plan.best.sizes)
+    otherwise = []
+    if job.has_choices:
+        otherwise = [*variants(job, topology, profile, plan.best.sizes)]
+        limit = profile.memory_bytes * KEPT_PART
+        otherwise.sort(key=lambda x: (x.memory_bytes > limit, x.step_s, x.memory_bytes))
+    return Findings(job, topology, profile, plan, now, tuple(otherwise), after)

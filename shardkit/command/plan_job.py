@@ -8,7 +8,7 @@ the config.
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,29 @@ from shardkit.planner.ledger import Habits
 from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.search import Job
 
-__all__ = ["abstract_microbatch", "find_modules", "read_configured_model", "read_job"]
+__all__ = [
+    "Choices",
+    "abstract_microbatch",
+    "find_modules",
+    "read_configured_model",
+    "read_job",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What may be other than a config says, beside its mesh.
+
+    Attributes:
+        remat: The option of the model that is tried on and off; None for none.
+        offload: Whether the optimizer's state may be in host memory.
+        num_microbatches: Into how many a step may be cut; empty for any number that
+            divides it, None for the config's.
+    """
+
+    remat: str | None = None
+    offload: bool = False
+    num_microbatches: Sequence[int] | None = None
 
 
 def find_modules() -> None:
@@ -42,6 +64,7 @@ def read_job(
     consistency: str,
     *,
     axes: Sequence[str] | None = None,
+    choices: Choices | None = None,
     platform: str = "gpu",
 ) -> Job:
     """Reads what a config trains, without computing any of it.
@@ -53,14 +76,87 @@ def read_job(
         consistency: `"exact"` or `"fast"`, in place of the config's.
         axes: The mesh axes whose sizes are looked for; None for all that the model
             has a use for. Of the others, those of a group keep the config's sizes.
+        choices: What else may be other than in the config; its own is first.
         platform: Whose compiler it is to be, `"cpu"` or another one.
 
     Raises:
         ShardkitError: If the config names what is not there or cannot be traced.
     """
+    choices = choices or Choices()
+    if config.data.batch_ramp is not None and choices.num_microbatches is not None:
+        raise ConfigError(
+            "--microbatches: those of a batch_ramp follow from its batches"
+        )
+    job = _read_as_configured(config, consistency, platform)
+    [facts] = job.facts.values()
+    job = dataclasses.replace(
+        job,
+        fixed=_fixed(config, facts, axes),
+        may_offload=choices.offload,
+        num_microbatches=_numbers(job, choices.num_microbatches),
+    )
+    if not job.has_choices and choices.remat is None:
+        return job
+    return _with_choices(config, job, choices, consistency, platform)
+
+
+def _with_choices(
+    config: RunConfig, job: Job, choices: Choices, consistency: str, platform: str
+) -> Job:
+    """Reads the model for each choice, as none follows from another quite exactly."""
+    [(name, own)] = job.facts.items()
+    names = {name: {}}
+    if (option := choices.remat) is not None:
+        names = {f"{option}={x}".lower(): {option: x} for x in (True, False)}
+    read = {}
+    for name, options in names.items():
+        for num in job.num_microbatches:
+            changed = _changed(config, options, num)
+            [facts] = _read_as_configured(changed, consistency, platform).facts.values()
+            read[name, facts.num_rows] = facts
+    configured = {name: read[name, own.num_rows] for name in names}
+    if choices.remat is not None:
+        works = [facts.work.total_flops for facts in configured.values()]
+        if works[0] == works[1]:
+            raise ConfigError(
+                f"--remat {choices.remat}: expected an option of [model] by which the "
+                "gradient computes anew what it would keep; this one changes no work"
+            )
+    order = sorted(names, key=lambda name: configured[name].work != own.work)
+    facts = {name: configured[name] for name in order}
+    return dataclasses.replace(job, facts=facts, read=read)
+
+
+def _changed(
+    config: RunConfig, options: Mapping[str, Any], num_microbatches: int
+) -> RunConfig:
+    model = dataclasses.replace(
+        config.model, options={**config.model.options, **options}
+    )
+    data = dataclasses.replace(config.data, num_microbatches=num_microbatches)
+    return dataclasses.replace(config, model=model, data=data)
+
+
+def _numbers(job: Job, asked: Sequence[int] | None) -> list[int]:
+    """The numbers of microbatches to choose from, the job's own first."""
+    own = list(job.num_microbatches)
+    if asked is None:
+        return own
+    if not asked:
+        every = dataclasses.replace(job, num_microbatches=())
+        asked = [num for _, num, _ in every.blocks()]
+    if wrong := [num for num in asked if job.global_batch_size % num]:
+        raise ConfigError(
+            f"--microbatches: expected numbers that divide the {job.global_batch_size} "
+            f"rows of a step, found {', '.join(map(str, wrong))}"
+        )
+    return list(dict.fromkeys([*own, *asked]))
+
+
+def _read_as_configured(config: RunConfig, consistency: str, platform: str) -> Job:
     model, made = read_configured_model(config)
     ramp = config.data.ramp
-    job = jobs.read_job(
+    return jobs.read_job(
         model,
         abstract_microbatch(config),
         build_optimizer(config.optimizer, split_variables(made)[0], ramp),
@@ -71,8 +167,6 @@ def read_job(
         offload=config.train.offload,
         habits=Habits.of(platform),
     )
-    [facts] = job.facts.values()
-    return dataclasses.replace(job, fixed=_fixed(config, facts, axes))
 
 
 def _fixed(

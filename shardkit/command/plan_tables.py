@@ -16,6 +16,7 @@ from shardkit.report.terminal import format_bytes, format_mesh, format_time
 
 __all__ = ["document", "show"]
 
+_NUM_OTHERWISE = 6
 _RIVALS = ["mesh", "step", "memory", "bits", "why not"]
 _KINDS = {
     "params": "its part of the parameters",
@@ -57,6 +58,10 @@ def document(
         "num_microbatches": best.num_microbatches,
         "consistency": _sums(found),
         "plan": _plan_document(found, found.plan, found.current),
+        "otherwise": [
+            {**_choice_document(found, x, found.current), "why": found.why_not(x)}
+            for x in found.otherwise
+        ],
         "collectives": found.collectives(best),
         "current": {
             **_choice_document(found, found.current, best),
@@ -70,7 +75,7 @@ def document(
             "remaining_steps": config.train.steps,
             "moving_s": after.move_s,
             "remaining_s": after.remaining_s,
-            "consistency": found.consistency(best.sizes, after.best.sizes),
+            "consistency": found.consistency(best, after.best),
             "plan": _plan_document(found, after.plan, best),
         }
     return report
@@ -94,6 +99,9 @@ def _choice_document(found: Findings, choice: Choice, old: Choice) -> dict[str, 
     """One mesh, and what becomes of the bits of a run between it and another one."""
     return {
         "mesh": dict(choice.sizes),
+        "remat": choice.remat,
+        "offload": choice.offload,
+        "num_microbatches": choice.num_microbatches,
         "num_devices": choice.num_devices,
         "rounds": choice.rounds,
         "step_s": choice.step_s,
@@ -102,7 +110,7 @@ def _choice_document(found: Findings, choice: Choice, old: Choice) -> dict[str, 
         "memory": dict(choice.memory),
         "sent_bytes": dict(choice.sent_bytes),
         "mfu": found.mfu(choice),
-        "consistency": found.consistency(old.sizes, choice.sizes),
+        "consistency": found.consistency(old, choice),
     }
 
 
@@ -119,6 +127,9 @@ def show(
     output.line()
     output.table(_RIVALS, [*_rivals(found)], right=[1, 2])
     output.line()
+    if found.otherwise:
+        _show_otherwise(found, output)
+        output.line()
     output.table(
         ["memory of a device", "bytes", "part", "of what"],
         [*_shares(best.memory, format_bytes, _KINDS)],
@@ -150,12 +161,12 @@ def _facts(
     num = best.num_microbatches
     ramp = "" if config.data.batch_ramp is None else ", the ramp's largest"
     mesh = format_mesh(found.current.sizes)
-    if found.current.sizes == best.sizes:
+    if found.current.is_same(best):
         change = "the same mesh, nothing to change"
         if config.mesh.auto:
             change = "the one that is chosen, with auto = true"
     else:
-        change = _class_words(found, found.current.sizes, best.sizes)
+        change = _class_words(found, found.current, best)
     facts = {
         "model": f"{config.model.factory}, {found.facts.num_params:,} parameters",
         "a step": f"{job.global_batch_size} rows in {num} microbatches{ramp}; sums "
@@ -163,7 +174,7 @@ def _facts(
         "device": f"{profile.name} (--profile {arguments.profile})",
         "memory": f"{format_bytes(profile.memory_bytes)}, of which a step may take "
         f"{format_bytes(found.limit_bytes)}, {KEPT_PART:.0%}",
-        "best mesh": format_mesh(best.sizes),
+        "best mesh": found.spell(best),
         "step time": f"{_format_s(best.step_s)}, MFU {found.mfu(best):.0%}, predicted",
         "peak memory": f"{format_bytes(best.memory_bytes)} on a device",
         "config's mesh": f"{mesh}: {change}",
@@ -175,20 +186,38 @@ def _rivals(found: Findings) -> Iterator[tuple[str, ...]]:
     """The meshes that were compared, the config's among them."""
     plan, current = found.plan, found.current
     rows = [(plan.best, "chosen"), *plan.runners_up, *plan.too_large]
-    if all(choice.sizes != current.sizes for choice, _ in rows):
-        over = current.memory_bytes - found.limit_bytes
-        why = f"time ×{current.step_s / plan.best.step_s:.2f}"
-        why += f", and memory over by {format_bytes(over)}" if over > 0 else ""
-        rows.append((current, why))
+    if not any(choice.is_same(current) for choice, _ in rows):
+        rows.append((current, found.why_not(current)))
     for choice, why in rows:
-        own = "; the config's mesh" if choice.sizes == current.sizes else ""
+        own = "; the config's mesh" if choice.is_same(current) else ""
         yield _rival(found, current, choice, why + own)
 
 
 def _rival(found: Findings, old: Choice, choice: Choice, why: str) -> tuple[str, ...]:
     step, memory = _format_s(choice.step_s), format_bytes(choice.memory_bytes)
-    bits = found.consistency(old.sizes, choice.sizes)
-    return format_mesh(choice.sizes), step, memory, bits, why
+    return found.spell(choice), step, memory, found.consistency(old, choice), why
+
+
+def _show_otherwise(found: Findings, output: Output) -> None:
+    """The chosen mesh with all else that could be chosen."""
+    best, current = found.plan.best, found.current
+    shown = list(found.otherwise[:_NUM_OTHERWISE])
+    own = [x for x in found.otherwise if x.beside == current.beside]
+    shown += [x for x in own if x not in shown]
+    rows = [
+        (
+            found.spell_beside(choice) or "no offload",
+            _format_s(choice.step_s),
+            format_bytes(choice.memory_bytes),
+            found.consistency(current, choice),
+            "chosen" if choice.is_same(best) else found.why_not(choice),
+        )
+        for choice in shown
+    ]
+    header = [f"{format_mesh(best.sizes)} with", *_RIVALS[1:]]
+    output.table(header, rows, right=[1, 2])
+    if more := len(found.otherwise) - len(rows):
+        output.line(f"and {more} more, which --json has")
 
 
 def _shares(
@@ -239,7 +268,7 @@ def _show_loss(
         "peak memory": f"{format_bytes(best.memory_bytes)} on a device",
         "moving": f"{_format_s(after.move_s)} once, weighed against "
         f"{config.train.steps:,} steps",
-        "bits": _class_words(found, old.sizes, best.sizes),
+        "bits": _class_words(found, old, best),
         "idle": f"{after.plan.num_idle or 'none'} of {num} devices",
     }
     output.facts(facts)
@@ -255,10 +284,12 @@ def _notes(notes: Sequence[str], output: Output) -> None:
         output.remark(note)
 
 
-def _class_words(
-    found: Findings, old: Mapping[str, int], new: Mapping[str, int]
-) -> str:
-    words = {"exact": "the run keeps its bits", "equivalent": "equal to rounding"}
+def _class_words(found: Findings, old: Choice, new: Choice) -> str:
+    words = {
+        "exact": "the run keeps its bits",
+        "equivalent": "equal to rounding",
+        "another run": "with other microbatches",
+    }
     found_class = found.consistency(old, new)
     return f"{found_class}, {words[found_class]}"
 

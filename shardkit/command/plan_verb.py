@@ -10,7 +10,13 @@ import dataclasses
 from pathlib import Path
 
 from shardkit import config as configs
-from shardkit.command.options import MESH_AXES, add_devices, device_count, number
+from shardkit.command.options import (
+    MESH_AXES,
+    add_devices,
+    device_count,
+    number,
+    numbers,
+)
 from shardkit.command.output import Output
 from shardkit.errors import ConfigError
 from shardkit.planner.profile import load_profile, profile_names
@@ -67,6 +73,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and fsdp are 1 and the rest as in the config [all that the model can use]",
     )
     parser.add_argument(
+        "--remat",
+        metavar="OPTION",
+        nargs="?",
+        const="remat",
+        help="also try the model with this option of its factory on and off; [remat]",
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="also try the optimizer's state in host memory between updates",
+    )
+    parser.add_argument(
+        "--microbatches",
+        metavar="LIST",
+        type=_microbatches,
+        help="also try these numbers of microbatches, such as 8,16, or any that "
+        "divides a step; each makes another run",
+    )
+    parser.add_argument(
+        "--speeds",
+        metavar="LIST",
+        type=numbers,
+        help="how fast each device is beside the others, such as 1,1,0.5,0.5",
+    )
+    parser.add_argument(
         "--consistency",
         choices=("exact", "fast"),
         help="keep the bits, or not [train.consistency of the config]",
@@ -81,6 +112,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     profile = load_profile(arguments.profile)
     memory = arguments.hbm or mesh.memory_bytes or profile.memory_bytes
     num_devices = device_count(arguments, config.devices)
+    speeds = _speeds(arguments, num_devices)
     num_lost = arguments.what_if_lose or 0
     if num_lost >= num_devices:
         raise ConfigError(
@@ -90,7 +122,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     # What follows needs JAX, and what is above is refused without waiting for that.
     from shardkit import build
     from shardkit.command.plan_findings import find
-    from shardkit.command.plan_job import find_modules, read_job
+    from shardkit.command.plan_job import Choices, find_modules, read_job
     from shardkit.command.plan_tables import document, show
     from shardkit.planner.meshes import Topology
 
@@ -101,9 +133,18 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             config,
             arguments.consistency or config.train.consistency,
             axes=arguments.axes,
+            choices=Choices(
+                remat=arguments.remat,
+                offload=arguments.offload,
+                num_microbatches=arguments.microbatches,
+            ),
             platform="cpu" if profile.is_shared else "gpu",
         ),
-        Topology(num_devices, arguments.devices_per_host or profile.devices_per_host),
+        Topology(
+            num_devices,
+            arguments.devices_per_host or profile.devices_per_host,
+            speeds,
+        ),
         dataclasses.replace(profile, memory_bytes=memory),
         current=None if mesh.auto else asked.sizes(num_devices),
         num_lost=num_lost,
@@ -115,6 +156,26 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     else:
         show(found, arguments, config, output)
     return 0
+
+
+def _speeds(arguments: argparse.Namespace, num_devices: int) -> tuple[float, ...]:
+    speeds: tuple[float, ...] = tuple(arguments.speeds or ())
+    if speeds and (len(speeds) != num_devices or min(speeds) <= 0):
+        raise ConfigError(
+            f"--speeds: expected a number above 0 for each of {num_devices} devices, "
+            f"found {len(speeds)}: {', '.join(f'{speed:g}' for speed in speeds)}"
+        )
+    return speeds
+
+
+def _microbatches(text: str) -> list[int]:
+    """Reads numbers; none for any.
+
+    >>> _microbatches("8,16"), _microbatches("any")
+    ([8, 16], [])
+    """
+    parse = number(1)
+    return [] if text == "any" else [parse(each) for each in text.split(",")]
 
 
 def _axes(text: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from shardkit.mesh import GROUP_AXES, MESH_AXES, MeshSpec
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.words import format_mesh
 
-__all__ = ["Choice", "Plan", "make_plan"]
+__all__ = ["Choice", "Plan", "make_plan", "why_not"]
 
 _NUM_TOO_LARGE = 3
 
@@ -91,6 +91,15 @@ class Choice:
         """What was minimised."""
         return self.step_s + self.extra_s
 
+    @property
+    def beside(self) -> tuple[int, str, bool]:
+        """What was chosen beside the mesh."""
+        return self.num_microbatches, self.remat, self.offload
+
+    def is_same(self, other: "Choice") -> bool:
+        """Whether all that can be chosen is the same."""
+        return self.beside == other.beside and dict(self.sizes) == dict(other.sizes)
+
     def __str__(self) -> str:
         sizes = [f"{a}={n}" for a, n in self.sizes.items() if n > 1] or ["one device"]
         words = [" ".join(sizes), f"{self.num_microbatches} microbatches", self.remat]
@@ -164,8 +173,7 @@ def make_plan(
     if idle:
         why = "no mesh of all of them fits"
         if whole is not None:
-            same = (whole.num_microbatches, whole.remat, whole.offload)
-            is_alike = same == (best.num_microbatches, best.remat, best.offload)
+            is_alike = whole.beside == best.beside
             other = format_mesh(whole.sizes) if is_alike else whole
             why = f"with all of them, {other}: {_why_slower(best, whole, topology)}"
         notes.append(f"{idle} of {topology.num_devices} devices stay idle; {why}")
@@ -173,17 +181,26 @@ def make_plan(
         notes.append(
             f"groups of devices compute {min(counts)} to {max(counts)} microbatches"
         )
+
+    def with_reasons(choices: Sequence[Choice]) -> tuple[tuple[Choice, str], ...]:
+        return tuple((x, why_not(best, x, topology, limit_bytes)) for x in choices)
+
     return Plan(
         best=best,
-        runners_up=tuple((x, _why_slower(best, x, topology)) for x in rest),
-        too_large=tuple(
-            (x, _why_large(best, x, limit_bytes)) for x in faster[:_NUM_TOO_LARGE]
-        ),
+        runners_up=with_reasons(rest),
+        too_large=with_reasons(faster[:_NUM_TOO_LARGE]),
         counts=counts,
         num_idle=idle,
         notes=tuple(notes),
         num_predicted=found.num_predicted,
     )
+
+
+def why_not(best: Choice, other: Choice, topology: Topology, limit_bytes: float) -> str:
+    """Says why another choice is not the best one: it has no room, or is slower."""
+    if other.memory_bytes > limit_bytes:
+        return _why_large(best, other, limit_bytes)
+    return _why_slower(best, other, topology)
 
 
 def _why_slower(best: Choice, other: Choice, topology: Topology) -> str:

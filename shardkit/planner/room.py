@@ -17,12 +17,13 @@ from shardkit.planner.candidates import divisors, inner_sizes, outer_meshes
 from shardkit.planner.choice import Choice
 from shardkit.planner.cost import predict
 from shardkit.planner.meshes import Meshes, Topology
+from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.quotas import Quotas
 from shardkit.planner.search import KEPT_PART, Job
 from shardkit.words import format_bytes, format_mesh
 
-__all__ = ["check_room", "predicted"]
+__all__ = ["check_room", "predicted", "variants"]
 
 _MOST_DOUBLINGS = 6
 
@@ -30,7 +31,7 @@ _MOST_DOUBLINGS = 6
 def predicted(
     job: Job, topology: Topology, profile: HardwareProfile, sizes: Mapping[str, int]
 ) -> Choice:
-    """Predicts one mesh.
+    """Predicts one mesh, with the first of what else may be chosen.
 
     Args:
         job: What is trained.
@@ -38,10 +39,23 @@ def predicted(
         profile: What they can do.
         sizes: Mesh axis → size.
     """
-    remat, num, facts = next(job.blocks())
-    meshes = Meshes.of(sizes, num, offload=job.offload)
-    costs = predict(facts, meshes, profile, topology, exact=job.exact)
-    return Choice.at(0, remat, meshes, costs, 0.0)
+    return next(variants(job, topology, profile, sizes))
+
+
+def variants(
+    job: Job, topology: Topology, profile: HardwareProfile, sizes: Mapping[str, int]
+) -> Iterator[Choice]:
+    """Predicts one mesh with all that may be chosen beside it; as `predicted` does."""
+    inner = math.prod(sizes.get(axis, 1) for axis in GROUP_AXES)
+    groups = np.array([math.prod(sizes.values()) // inner])
+    # A mesh may be asked about that has more devices than there are.
+    has_speeds = topology.speeds and groups[0] * inner <= topology.num_devices
+    for remat, num, facts in job.blocks():
+        rounds = Quotas(topology, inner).rounds(num, groups) if has_speeds else None
+        meshes = job.placed(Meshes.of(sizes, num, rounds))
+        costs = predict(facts, meshes, profile, topology, exact=job.exact)
+        for i in range(len(meshes)):
+            yield Choice.at(i, remat, meshes, costs, 0.0)
 
 
 def check_room(
@@ -94,8 +108,25 @@ def check_room(
 
 
 def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
-    """Finds the mesh that takes least memory."""
-    remat, num, facts = next(job.blocks())
+    """Finds the mesh that takes least memory, of those with the fewest devices."""
+    found = [_smallest_of(job, topology, profile, *block) for block in job.blocks()]
+    choices = [choice for choice in found if choice is not None]
+    if not choices:
+        raise ConfigError(
+            f"no mesh of {topology.num_devices} devices has the sizes that are given: "
+            f"{job.fixed}. Give fewer, or other ones."
+        )
+    return min(choices, key=lambda choice: (choice.memory_bytes, choice.num_devices))
+
+
+def _smallest_of(
+    job: Job,
+    topology: Topology,
+    profile: HardwareProfile,
+    remat: str,
+    num: int,
+    facts: ModelFacts,
+) -> Choice | None:
     dims = [
         size
         for leaf in facts.params
@@ -111,14 +142,9 @@ def _smallest(job: Job, topology: Topology, profile: HardwareProfile) -> Choice:
         for row in rows
     ]
     if not sum(map(len, found)):
-        raise ConfigError(
-            f"no mesh of {topology.num_devices} devices has the sizes that are given: "
-            f"{job.fixed}. Give fewer, or other ones."
-        )
-    meshes = Meshes.join(found)
-    meshes = meshes.offloaded() if job.offload else meshes
+        return None
+    meshes = job.placed(Meshes.join(found))
     costs = predict(facts, meshes, profile, topology, exact=job.exact)
-    # Of those that take as little the one with the fewest devices.
     order = np.lexsort((meshes.num_devices, costs.memory_bytes))
     return Choice.at(int(order[0]), remat, meshes, costs, 0.0)
 
@@ -147,6 +173,8 @@ def _what_fits(job: Job, topology: Topology, profile: HardwareProfile) -> Iterat
         for num in finer
     )
     found = [floats, next(filter(None, cuts), "")]
+    if not (job.offload or job.may_offload or profile.is_shared):
+        found.append(fits("offload = true", topology, offload=True))
     if not any(found) and job.exact:
         both = (
             fits(
@@ -160,7 +188,7 @@ def _what_fits(job: Job, topology: Topology, profile: HardwareProfile) -> Iterat
         found.append(next(filter(None, both), ""))
     counts = (topology.num_devices << times for times in range(1, _MOST_DOUBLINGS + 1))
     more = (
-        fits(f"{num} devices", dataclasses.replace(topology, num_devices=num))
+        fits(f"{num} devices", Topology(num, topology.devices_per_host))
         for num in counts
     )
     found.append(next(filter(None, more), ""))

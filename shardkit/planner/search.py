@@ -46,6 +46,8 @@ class Job:
     Attributes:
         facts: How activations are kept → the model read that way, such as
             `{"kept": …, "remat": …}`.
+        read: The same with other rows in a microbatch, where that was read and need not
+            be scaled: how activations are kept and rows → the model.
         global_batch_size: The rows of a step.
         num_microbatches: Into how many to cut it: those to choose from; empty for all
             divisors of the batch.
@@ -64,6 +66,7 @@ class Job:
     exact: bool = True
     may_offload: bool = False
     offload: bool = False
+    read: Mapping[tuple[str, int], ModelFacts] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,14 +96,49 @@ class Job:
                 return False
         return True
 
+    def chosen(self, choice: Choice) -> "Job":
+        """Returns the job with all but the mesh as it was chosen."""
+        return dataclasses.replace(
+            self,
+            facts={choice.remat: self.facts[choice.remat]},
+            num_microbatches=[choice.num_microbatches],
+            may_offload=False,
+            offload=choice.offload,
+        )
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether more than the mesh is chosen."""
+        num = len(self.num_microbatches)
+        return len(self.facts) > 1 or num != 1 or self.chooses_offload
+
+    @property
+    def chooses_offload(self) -> bool:
+        """Whether the optimizer's state may be in host memory, and may not."""
+        return self.may_offload and not self.offload
+
     def blocks(self) -> Iterator[tuple[str, int, ModelFacts]]:
         """Yields how activations are kept, how many microbatches, and the model."""
         options = self.num_microbatches or [
             num for num in divisors(self.global_batch_size) if self._can_add(num)
         ]
-        for remat, facts in self.facts.items():
+        for remat in self.facts:
             for num in options:
-                yield remat, num, facts.with_rows(self.global_batch_size // num)
+                yield remat, num, self.model(remat, num)
+
+    def model(self, remat: str, num_microbatches: int) -> ModelFacts:
+        """Returns the model with so many microbatches."""
+        num_rows = self.global_batch_size // num_microbatches
+        read = self.read.get((remat, num_rows))
+        return self.facts[remat].with_rows(num_rows) if read is None else read
+
+    def placed(self, meshes: Meshes) -> Meshes:
+        """Returns meshes with the optimizer's state where it may be."""
+        if self.offload:
+            return meshes.offloaded()
+        if self.may_offload:
+            return Meshes.join([meshes, meshes.offloaded()])
+        return meshes
 
 
 def search(
@@ -231,11 +269,7 @@ class _Search:
             )
             for row in rows
         ]
-        meshes = Meshes.join(found)
-        if not (self._job.may_offload or self._job.offload):
-            return meshes
-        away = meshes.offloaded()
-        return away if self._job.offload else Meshes.join([meshes, away])
+        return self._job.placed(Meshes.join(found))
 
 
 @dataclasses.dataclass(frozen=True)
