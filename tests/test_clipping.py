@@ -67,6 +67,7 @@ def spiking_data(step):
     return batch | {"y": batch["y"] * (20 if step == 4 else 1)}
 
 
+@pytest.mark.slow
 def test_clipped_lars_keeps_its_bits(compile_cache):
     section = OptimizerSection(
         name="lars",

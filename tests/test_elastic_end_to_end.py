@@ -27,7 +27,12 @@ SPECS = {
 # What these have, others have too; the soaks have them all.
 LONG = {
     *("digits-adamw-ema", "digits-clip-adamw-static-scale", "digits-lamb"),
-    *("digits-lion-13", "digits-sgd-bfloat16", "gpt-lion-bfloat16"),
+    *(
+        "digits-adafactor-13",
+        "digits-lion-13",
+        "digits-sgd-bfloat16",
+        "gpt-lion-bfloat16",
+    ),
 }
 QUICK = [
     pytest.param(name, marks=pytest.mark.slow) if name in LONG else name

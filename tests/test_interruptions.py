@@ -258,8 +258,8 @@ def test_what_is_done_between_two_steps_is_not_given_up(make, tmp_path):
     ("mesh", "count"),
     [
         (sk.MeshSpec(data=2, fsdp=-1), 1),
-        (sk.MeshSpec(data=-1, fsdp=2), 3),
-        (sk.MeshSpec(data=-1, fsdp=1), 4),
+        pytest.param(sk.MeshSpec(data=-1, fsdp=2), 3, marks=pytest.mark.slow),
+        pytest.param(sk.MeshSpec(data=-1, fsdp=1), 4, marks=pytest.mark.slow),
     ],
 )
 def test_sigterm_during_a_certificate_waits_for_its_end(

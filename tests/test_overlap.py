@@ -214,8 +214,15 @@ def is_still_exact(make, trainer):
     return trainer.state_digest() == run_digest(twin, trainer.step)["state"]
 
 
-@pytest.mark.parametrize("standby", [0, 2])
-@pytest.mark.parametrize("certify", ["off", "always"])
+@pytest.mark.parametrize(
+    ("certify", "standby"),
+    [
+        ("off", 0),
+        ("always", 2),
+        pytest.param("off", 2, marks=pytest.mark.slow),
+        pytest.param("always", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_the_run_goes_on_while_the_program_is_made(make, loss, standby, certify):
     trainer, events = make(loss=loss, data=unhurried, certify=certify, standby=standby)
     compiled_in = []
@@ -242,6 +249,7 @@ def test_the_run_goes_on_while_the_program_is_made(make, loss, standby, certify)
     assert is_still_exact(make, trainer)
 
 
+@pytest.mark.slow
 def test_growing_with_notice_goes_on_too(make, loss, tmp_path):
     wish = tmp_path / "devices.json"
     trainer, events = make(loss=loss, data=unhurried, certify="off")

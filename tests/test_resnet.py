@@ -106,7 +106,9 @@ def logits(params, state, image, is_training):
     return x + np.asarray(params["logits"]["bias"]), state
 
 
-@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize(
+    "is_training", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_outputs_and_statistics_are_those_of_numpy(is_training):
     model = resnet.build(width=3, num_stages=2, momentum=0.5)
     params, state = plain(model)

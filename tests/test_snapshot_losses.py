@@ -80,7 +80,10 @@ def expected(make):
     return expected
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed",
+    [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))],
+)
 def test_losses_at_any_step_cost_none_and_are_certified(make, expected, seed):
     draw = random.Random(seed)
     steps = sorted(draw.sample(range(1, 9), 3))
@@ -192,7 +195,9 @@ class Slow(Recorder):
         return super().reserve(num_bytes)
 
 
-@pytest.mark.parametrize("store", [Recorder, Slow])
+@pytest.mark.parametrize(
+    "store", [pytest.param(Recorder, marks=pytest.mark.slow), Slow]
+)
 def test_a_snapshot_has_the_bits_of_its_step_whatever_runs_beside_it(make, store):
     store, digests = store(), {}
     config = sk.SnapshotConfig(store=store)

@@ -237,6 +237,7 @@ def test_a_run_begins_from_the_checkpoint_of_another(train, plain):
     assert train.saved(plain)[-1] == STEPS
 
 
+@pytest.mark.slow
 def test_preempted_while_it_compiles_it_leaves_and_goes_on_later(train):
     out = ["--out", "compiling", "--model.factory", "faulty:slow", "--steps", "2"]
     tracing = train.path / "tracing"

@@ -96,7 +96,11 @@ def test_one_device_fewer_before_the_first_step(run, send):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(report, "summarize"), (sk.Trainer, "state_digest"), (sk.Trainer, "evaluate")],
+    [
+        pytest.param(report, "summarize", marks=pytest.mark.slow),
+        pytest.param(sk.Trainer, "state_digest", marks=pytest.mark.slow),
+        (sk.Trainer, "evaluate"),
+    ],
 )
 def test_after_the_last_step_a_run_is_finished(run, send, owner, name):
     """Also where it is the run itself that evaluates, at its last step."""
@@ -110,6 +114,7 @@ def test_after_the_last_step_a_run_is_finished(run, send, owner, name):
     assert "go on with" not in said
 
 
+@pytest.mark.slow
 def test_leaving_between_a_run_and_its_twin(run, send):
     send(report.Report, "finish", signal.SIGTERM)
     code, said = run("--out", "out", "--steps", "3", "--twin")
@@ -123,6 +128,7 @@ def test_leaving_between_a_run_and_its_twin(run, send):
     assert EVERYONE in said
 
 
+@pytest.mark.slow
 def test_what_is_said_of_a_twin_stays_true_when_the_run_goes_on(run):
     args = ["--out", "out", "--resize", "0:8,1:3,3:8"]
     code, said = run(*args, "--steps", "3", "--twin")
