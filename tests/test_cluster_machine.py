@@ -79,6 +79,8 @@ def test_what_a_crash_does_to_its_peers_is_not_the_cause():
 
 def test_the_first_to_crash_is_the_cause_whenever_that_is_heard():
     world = begin()
+    # What host-2 says is late for once, and heard when host-0 was already.
+    world.delays = {"host-2": 0.4}
     crash(world, "host-0", kind="RuntimeError", message="a peer is gone", age_s=0.2)
     crash(world, "host-2", message="no layer", age_s=0.3)
     world.until(lambda: world.machine.generation == 2)

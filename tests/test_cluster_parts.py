@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardkit.cluster import join
+from shardkit.cluster.agent import Agent
 from shardkit.cluster.asking import Address, Asker
 from shardkit.cluster.deadlines import Deadlines
+from shardkit.cluster.hosts import Host
 from shardkit.cluster.processes import spell_status
-from shardkit.cluster.settings import Settings, read_private, write_private
+from shardkit.cluster.settings import Limits, Settings, read_private, write_private
 from shardkit.cluster.split import plan_hosts, split
 from shardkit.cluster.stragglers import share
 from shardkit.cluster.supervisor import Supervisor
@@ -233,6 +236,68 @@ def test_what_workers_said_last_always_fits_into_a_report(count):
     for entry in found:
         assert entry["failed"]["traceback"].endswith("the end")
         assert entry["tail"]
+
+
+def test_a_process_that_ended_by_itself_was_not_ended_by_us(tmp_path):
+    """Also if it is to be ended while what it said last is still being read."""
+    worker, called = Worker(0), []
+    worker.child = SimpleNamespace(pid=1, returncode=-9, kill=lambda: called.append(1))
+    worker.assignment, worker.state = ASSIGNMENT, "running"
+
+    async def end():
+        workers = Workers("host-0", ["true"], {}, tmp_path, lambda: None)
+        workers.all[0] = worker
+        worker.link = SimpleNamespace(abort=lambda: workers.heard_out(worker))
+        workers._ended(worker, SimpleNamespace(finish=lambda: None))
+        assert not workers.end(ASSIGNMENT.generation)
+        workers.end_all()
+        assert worker.report()["state"] == "running"
+        # Somebody holds its connection, which is not waited for any longer than this.
+        await asyncio.sleep(0.3)
+        assert workers.end(ASSIGNMENT.generation)
+
+    asyncio.run(end())
+    found = worker.report()
+    assert (found["state"], found["ended_by_us"], called) == ("exited", False, [])
+    assert 0.2 <= found["exit_age_s"] < 5
+
+
+def test_why_a_process_failed_is_known_also_if_it_is_being_ended():
+    agent = SimpleNamespace(_generation=3, _soon=lambda: None)
+    worker = Worker(0)
+    worker.assignment, worker.state, worker.is_ending = ASSIGNMENT, "running", True
+    failed_s = time.monotonic() - 5
+    words = {"type": "failed", "kind": "ValueError", "message": "no", "at_s": failed_s}
+    Agent._worker_said(agent, worker, words)
+    assert (worker.told["failed"], worker.failed_s) == (words, failed_s)
+    # The first time counts, and no clock of a process is ahead of its host's.
+    Agent._worker_said(agent, worker, {**words, "at_s": failed_s + 1})
+    assert worker.failed_s == failed_s
+    worker.failed_s = None
+    Agent._worker_said(agent, worker, {**words, "at_s": failed_s + 1000})
+    assert worker.failed_s <= time.monotonic()
+
+
+def test_a_host_is_dated_by_the_fastest_of_its_beats():
+    host = Host(plan_hosts(1, 1, 1)[0])
+
+    def hear(said_s, delay_s, beat=True):
+        report = {"said_s": said_s, "beat": beat, "workers": []}
+        host.heard(report, said_s + 500 + delay_s)
+        return host.said_s - 500 - said_s
+
+    assert hear(1.0, 0.25) == 0.25
+    assert hear(2.0, 0.5) == 0.25
+    assert hear(3.0, 0.0, beat=False) == 0
+    assert hear(4.0, 0.125) == 0.125
+    # Progress is told so often that a few bad seconds would be all that is known.
+    for _ in range(200):
+        assert hear(5.0, 0.5, beat=False) == 0.125
+    with pytest.raises(KeyError):
+        host.heard({"workers": []}, 0.0)
+    assert hear(6.0, 1.0) == 0.125
+    host.lose("gone", 1000.0, Limits())
+    assert hear(7.0, 1.0) == 1
 
 
 def test_a_supervisor_that_cannot_save_goes_on_and_says_so_once(tmp_path):

@@ -20,6 +20,7 @@ from shardkit.planner.cost import predict
 from shardkit.planner.elastic_choice import choose_next
 from shardkit.planner.meshes import Meshes, Topology
 from shardkit.planner.profile import Link, load_profile
+from shardkit.planner.quotas import Quotas
 from shardkit.planner.reading import read_model
 from shardkit.planner.search import Job, search
 
@@ -88,7 +89,9 @@ def all_totals(job, topology, profile, limit):
                 counts = Grid(num, data * fsdp, tuple(slowest)).counts
                 rounds = max(counts / (slowest or 1.0))
                 sizes = dict(zip(("tensor", "expert", "context"), inner, strict=True))
-                meshes = Meshes.of({"data": data, "fsdp": fsdp, **sizes}, num, rounds)
+                slots = Quotas(topology, per_group).most(num, np.array([rounds]))
+                sizes |= {"data": data, "fsdp": fsdp}
+                meshes = Meshes.of(sizes, num, rounds, most=slots)
                 costs = predict(facts, meshes, profile, topology, exact=job.exact)
                 if costs.memory_bytes[0] > limit:
                     continue

@@ -24,6 +24,7 @@ class World:
         self.ended, self.told, self.last_step = None, [], last_step
         self.saved, self.generations, self.drops = None, [], 0
         self.is_cut, self.doomed = set(), {}
+        self.delays = {}  # host → how late what it says is heard
         self.machine = Machine(self.settings, self.now_s)
         self.carry_out(self.machine.tick(self.now_s))
 
@@ -182,13 +183,15 @@ class World:
     def tell(self, beat=True):
         alive = {worker.assignment["generation"] for worker in self.running()}
         assert len(alive) <= 1, alive
-        for host, agent in list(self.agents.items()):
+        said_s, agents = self.now_s, list(self.agents.items())
+        for host, agent in sorted(agents, key=lambda x: self.delays.get(x[0], 0)):
             agent.start_standbys()
             if host not in self.is_cut and self.agents.get(host) is agent:
                 if self.drops:
                     self.drops -= 1
                 else:
-                    report = agent.report(self.now_s, beat)
+                    report = agent.report(said_s, beat)
+                    self.now_s = max(self.now_s, said_s + self.delays.get(host, 0))
                     self.carry_out(self.machine.heard(report, self.now_s))
 
     def running(self):

@@ -17,7 +17,7 @@ from shardkit.cluster.split import HostPlan
 __all__ = ["Host"]
 
 _NUM_LAGS = 64
-"""Of so many reports one came through at once, and clocks have hardly drifted."""
+"""Of so many beats one came through at once, and clocks have hardly drifted."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +34,7 @@ class Host:
         why: Why it is, or was lost last.
         report: What its agent last said.
         said_s: When it said so, by the supervisor's clock.
+        lags: How much later its beats of late were heard than its own clock says.
         losses: When it was lost, as far as that is remembered.
         num_quarantines: How often it was quarantined.
         dead: The agents that are gone, of which nothing more is believed.
@@ -77,12 +78,14 @@ class Host:
 
     def heard(self, report: Mapping[str, Any], now_s: float) -> None:
         """Learns what its agent says."""
+        lag = now_s - report["said_s"]
         if not self.is_alive:
             self.enter("alive", now_s)
         self.seen_s, self.report = now_s, dict(report)
+        if report["beat"]:
+            self.lags.append(lag)
         # The least that clocks and way took, of late, is how far the clocks are apart.
-        self.lags.append(now_s - report["said_s"])
-        self.said_s = report["said_s"] + min(self.lags)
+        self.said_s = report["said_s"] + min([lag, *self.lags])
 
     def workers(self) -> dict[int, dict[str, Any]]:
         """Returns what is known of its workers, by their number."""

@@ -240,30 +240,36 @@ class Workers:
                 del self.all[id]
 
     def end(self, generation: int) -> bool:
-        """Ends all of a generation and of older ones; whether none is left."""
+        """Ends all of a generation and of older ones; whether all were heard out."""
         left = [
             worker
             for worker in self.in_state("running")
             if worker.generation is not None and worker.generation <= generation
         ]
         for worker in left:
-            if not worker.is_ending:
-                worker.is_ending = True
-                assert worker.child is not None
-                worker.child.kill()
+            self._kill(worker)
         return not left
 
     def drop(self) -> None:
         """Ends those that have prepared."""
         for worker in self.in_state("preparing", "hot"):
-            worker.is_ending = True
-            assert worker.child is not None
-            worker.child.kill()
+            self._kill(worker)
 
     def end_all(self) -> None:
         """Ends every worker; no new one is started."""
         self._is_stopping = True
         for worker in self.in_state(*ALIVE):
+            self._kill(worker)
+
+    def heard_out(self, worker: Worker) -> None:
+        """Learns that nothing more comes from a worker's connection."""
+        worker.is_heard_out = True
+        if worker.ended_s is not None:
+            self._over(worker)
+
+    def _kill(self, worker: Worker) -> None:
+        # Who has ended by itself, and is only not heard out, was not ended by us.
+        if worker.ended_s is None and not worker.is_ending:
             worker.is_ending = True
             assert worker.child is not None
             worker.child.kill()
@@ -277,12 +283,6 @@ class Workers:
             # What it said last may not have been read yet, and may be why it ended.
             loop = asyncio.get_running_loop()
             loop.call_later(_LAST_WORDS_S, worker.link.abort)
-
-    def heard_out(self, worker: Worker) -> None:
-        """Learns that nothing more comes from a worker's connection."""
-        worker.is_heard_out = True
-        if worker.ended_s is not None:
-            self._over(worker)
 
     def _over(self, worker: Worker) -> None:
         worker.state = "exited"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from shardkit.errors import ConfigError
 from shardkit.mesh import GROUP_AXES, consistency_class
 from shardkit.planner.choice import Choice, Plan, why_not
 from shardkit.planner.elastic_choice import ElasticPlan, choose_next
@@ -85,13 +86,12 @@ class Findings:
 
     def collectives(self, choice: Choice) -> list[dict[str, Any]]:
         """Adds up what a device exchanges in a step, by axis and collective."""
-        meshes = Meshes.of(choice.sizes, choice.num_microbatches, choice.rounds)
+        meshes = Meshes.of(choice.sizes, choice.num_microbatches)
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        exact, rounds = self.job.exact, float(meshes.rounds[0])
-        facts = self.facts_of(choice)
+        exact, facts = self.job.exact, self.facts_of(choice)
         all_of = [(x, 1.0) for x in state_exchanges(facts, meshes, exact=exact)]
         each_of = microbatch_exchanges(facts, meshes, exact=exact)
-        for each, times in [*all_of, *((x, rounds) for x in each_of)]:
+        for each, times in [*all_of, *((x, choice.most) for x in each_of)]:
             sent = float(np.ravel(each.sent_bytes)[0]) * times
             if not sent:
                 continue
@@ -189,10 +189,21 @@ def find(
     if current is not None:
         now = predicted(job, topology, profile, current)
     elif job.has_choices:
-        now = predicted(job, topology, profile, plan.best.sizes)
+        now = _alone(job, topology, profile, plan)
     otherwise = []
     if job.has_choices:
         otherwise = [*variants(job, topology, profile, plan.best.sizes)]
         limit = profile.memory_bytes * KEPT_PART
         otherwise.sort(key=lambda x: (x.memory_bytes > limit, x.step_s, x.memory_bytes))
     return Findings(job, topology, profile, plan, now, tuple(otherwise), after)
+
+
+def _alone(
+    job: Job, topology: Topology, profile: HardwareProfile, plan: Plan
+) -> Choice:
+    """What would be chosen of meshes alone; if none fits, the one that was."""
+    own = job.as_configured()
+    try:
+        return search(own, topology, profile, num_runners_up=0).best
+    except ConfigError:
+        return predicted(own, topology, profile, plan.best.sizes)

@@ -6,6 +6,7 @@ the config.
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,36 +106,61 @@ def _with_choices(
 ) -> Job:
     """Reads the model for each choice, as none follows from another quite exactly."""
     [(name, own)] = job.facts.items()
-    names = {name: {}}
-    if (option := choices.remat) is not None:
-        names = {f"{option}={x}".lower(): {option: x} for x in (True, False)}
-    read = {}
-    for name, options in names.items():
-        for num in job.num_microbatches:
-            changed = _changed(config, options, num)
+    options, read = _remats(config, choices.remat, name), {}
+    for (remat, changes), num in itertools.product(
+        options.items(), job.num_microbatches
+    ):
+        changed = _changed(config, changes, num, job.num_microbatches[0])
+        facts = own
+        if changed != config:
             [facts] = _read_as_configured(changed, consistency, platform).facts.values()
-            read[name, facts.num_rows] = facts
-    configured = {name: read[name, own.num_rows] for name in names}
+        read[remat, facts.num_rows] = facts
+    found = {remat: read[remat, own.num_rows] for remat in options}
     if choices.remat is not None:
-        works = [facts.work.total_flops for facts in configured.values()]
-        if works[0] == works[1]:
-            raise ConfigError(
-                f"--remat {choices.remat}: expected an option of [model] by which the "
-                "gradient computes anew what it would keep; this one changes no work"
-            )
-    order = sorted(names, key=lambda name: configured[name].work != own.work)
-    facts = {name: configured[name] for name in order}
+        _check_remat(choices.remat, own, [*found.values()])
+    names = sorted(found, key=lambda remat: found[remat].work != own.work)
+    facts = {remat: found[remat] for remat in names}
     return dataclasses.replace(job, facts=facts, read=read)
 
 
-def _changed(
-    config: RunConfig, options: Mapping[str, Any], num_microbatches: int
-) -> RunConfig:
-    model = dataclasses.replace(
-        config.model, options={**config.model.options, **options}
+def _remats(
+    config: RunConfig, option: str | None, name: str
+) -> dict[str, dict[str, Any]]:
+    """How to keep activations → what the model's options have then."""
+    if option is None:
+        return {name: {}}
+    own = config.model.options.get(option, True)
+    values = [own, *(x for x in (True, False) if x != own)]
+    return {f"{option}={x}".lower(): {option: x} for x in values}
+
+
+def _check_remat(option: str, own: ModelFacts, found: Sequence[ModelFacts]) -> None:
+    """Refuses what makes another model, or no difference."""
+    works = {facts.work.total_flops for facts in found}
+    is_same = all(
+        facts.params == own.params
+        and facts.forward.total_flops == own.forward.total_flops
+        for facts in found
     )
-    data = dataclasses.replace(config.data, num_microbatches=num_microbatches)
-    return dataclasses.replace(config, model=model, data=data)
+    if len(works) == 1 or not is_same:
+        raise ConfigError(
+            f"--remat {option}: expected an option of [model] by which the gradient "
+            "computes anew what it would keep; this one makes "
+            + ("no difference to its work" if is_same else "another model")
+        )
+
+
+def _changed(
+    config: RunConfig, options: Mapping[str, Any], num: int, own: int
+) -> RunConfig:
+    options = {**config.model.options, **options}
+    model = dataclasses.replace(config.model, options=options)
+    changed = dataclasses.replace(config, model=model)
+    if num == own:
+        # Which a ramp may have more of than the config says.
+        return changed
+    data = dataclasses.replace(config.data, num_microbatches=num)
+    return dataclasses.replace(changed, data=data)
 
 
 def _numbers(job: Job, asked: Sequence[int] | None) -> list[int]:

@@ -113,6 +113,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     memory = arguments.hbm or mesh.memory_bytes or profile.memory_bytes
     num_devices = device_count(arguments, config.devices)
     speeds = _speeds(arguments, num_devices)
+    if arguments.offload and (profile.is_shared or config.train.offload):
+        why = "the config has train.offload = true; without it both are tried"
+        if profile.is_shared:
+            why = "emulated devices are in the host's memory already"
+        raise ConfigError(f"--offload: {why}")
     num_lost = arguments.what_if_lose or 0
     if num_lost >= num_devices:
         raise ConfigError(
@@ -165,7 +170,8 @@ def _speeds(arguments: argparse.Namespace, num_devices: int) -> tuple[float, ...
             f"--speeds: expected a number above 0 for each of {num_devices} devices, "
             f"found {len(speeds)}: {', '.join(f'{speed:g}' for speed in speeds)}"
         )
-    return speeds
+    # As they are beside the others: the fastest does what the profile says.
+    return tuple(speed / max(speeds) for speed in speeds)
 
 
 def _microbatches(text: str) -> list[int]:

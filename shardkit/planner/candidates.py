@@ -80,9 +80,10 @@ def outer_meshes(
             keep &= sizes == fixed[axis]
     data, fsdp = data[keep], fsdp[keep]
     groups, where = np.unique(data * fsdp, return_inverse=True)
-    rounds = quotas.rounds(num_microbatches, groups)[where]
+    rounds = quotas.rounds(num_microbatches, groups)
+    most = quotas.most(num_microbatches, rounds)[where]
     sizes = {"data": data, "fsdp": fsdp, **inner}
-    return Meshes.of(sizes, num_microbatches, rounds)
+    return Meshes.of(sizes, num_microbatches, rounds[where], most=most)
 
 
 def _pairs(

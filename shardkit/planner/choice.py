@@ -26,7 +26,8 @@ class Choice:
     Attributes:
         sizes: Mesh axis → size.
         num_microbatches: Into how many the global batch is cut.
-        rounds: How long the last device computes, in microbatches.
+        rounds: How long the last device computes, in microbatches of one at speed 1.
+        most: How many microbatches a device computes at most.
         remat: How activations are kept.
         offload: Whether the optimizer's state is in host memory.
         memory: Kind → bytes on one device.
@@ -38,6 +39,7 @@ class Choice:
     sizes: Mapping[str, int]
     num_microbatches: int
     rounds: float
+    most: int
     remat: str
     offload: bool
     memory: Mapping[str, float]
@@ -58,6 +60,7 @@ class Choice:
             sizes={axis: int(size[i]) for axis, size in meshes.sizes.items()},
             num_microbatches=int(meshes.num_microbatches[i]),
             rounds=float(meshes.rounds[i]),
+            most=int(meshes.most[i]),
             remat=remat,
             offload=bool(meshes.offload[i]),
             memory=pick(costs.memory),
@@ -102,7 +105,7 @@ class Choice:
 
     def __str__(self) -> str:
         sizes = [f"{a}={n}" for a, n in self.sizes.items() if n > 1] or ["one device"]
-        words = [" ".join(sizes), f"{self.num_microbatches} microbatches", self.remat]
+        words = [" ".join(sizes), _count(self.num_microbatches), self.remat]
         return ", ".join(words + ["optimizer offloaded"] * self.offload)
 
 
@@ -212,6 +215,8 @@ def _why_slower(best: Choice, other: Choice, topology: Topology) -> str:
     parts["moving, spread over the steps that are left,"] = other.extra_s - best.extra_s
     part = max(parts, key=lambda name: parts[name])
     ratio = _ratio(best, other)
+    if other.total_s < best.total_s:
+        return f"{ratio}, but its sizes were not looked for"
     if parts[part] <= 0 or other.total_s <= best.total_s:
         return f"{ratio}: as fast, with more devices or memory"
     name = f"communication {part}" if part.startswith("over ") else part
@@ -254,6 +259,10 @@ def _nothing_fits(
         f"{_bytes(closest.memory_bytes)}. Allow remat or offload, smaller microbatches "
         "or more devices."
     )
+
+
+def _count(num: int) -> str:
+    return f"{num} microbatch" + "es" * (num != 1)
 
 
 def _item(value: Any, i: int) -> float:

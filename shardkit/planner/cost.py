@@ -182,8 +182,8 @@ def _sent(axis: str, facts: ModelFacts, meshes: Meshes, exact: bool) -> tuple[An
         return num_bytes, hops
     for exchange in microbatch_exchanges(facts, meshes, exact=exact):
         if exchange.axis == axis:
-            num_bytes = num_bytes + meshes.rounds * exchange.sent_bytes
-    calls = meshes.rounds * facts.work.calls(axis)
+            num_bytes = num_bytes + meshes.most * exchange.sent_bytes
+    calls = meshes.most * facts.work.calls(axis)
     return num_bytes, hops + calls * _hops(meshes.sizes[axis])
 
 

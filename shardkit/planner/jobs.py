@@ -66,7 +66,7 @@ def read_job(
         facts = dataclasses.replace(facts, opt_state=(*facts.opt_state, *average))
     num_microbatches = max(ramp.counts)
     return Job(
-        facts={"as configured": facts},
+        facts={"remat as configured": facts},
         global_batch_size=facts.num_rows * num_microbatches,
         # Another number would be another run, with other bits.
         num_microbatches=[num_microbatches],

@@ -100,7 +100,7 @@ def memory(facts: ModelFacts, meshes: Meshes, *, exact: bool = True) -> dict[str
         Kind → bytes, an array each. The kinds add up to the peak.
     """
     kept = state_bytes(facts, meshes)
-    slots = np.maximum(np.ceil(meshes.rounds), 2)
+    slots = np.maximum(meshes.most, 2)
     whole = whole_bytes(facts.params, meshes)
     floats = whole_bytes(facts.params, meshes, 4)
     limbs = floats * (2 if exact else 1)

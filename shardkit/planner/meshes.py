@@ -54,12 +54,14 @@ class Meshes:
         num_microbatches: Into how many the global batch is cut.
         rounds: How long the last device computes, in microbatches of a device at
             speed 1.
+        most: How many microbatches a device computes at most.
         offload: Whether the optimizer's state is in host memory.
     """
 
     sizes: Mapping[str, np.ndarray]
     num_microbatches: np.ndarray
     rounds: np.ndarray
+    most: np.ndarray
     offload: np.ndarray
 
     @classmethod
@@ -69,6 +71,7 @@ class Meshes:
         num_microbatches: Any,
         rounds: Any = None,
         offload: Any = False,
+        most: Any = None,
     ) -> "Meshes":
         """Makes arrays of one length of numbers or arrays; 1 for an axis not named.
 
@@ -89,7 +92,9 @@ class Meshes:
         if rounds is None:
             rounds = -(-num // (named["data"] * named["fsdp"]))
         rounds = np.broadcast_to(np.asarray(rounds, float), num.shape)
-        return cls(named, num, rounds, away)
+        # Of devices that are alike.
+        most = np.ceil(rounds) if most is None else np.asarray(most, float)
+        return cls(named, num, rounds, np.broadcast_to(most, num.shape), away)
 
     def __len__(self) -> int:
         return len(self.num_microbatches)
@@ -114,6 +119,7 @@ class Meshes:
             {axis: size[where] for axis, size in self.sizes.items()},
             self.num_microbatches[where],
             self.rounds[where],
+            self.most[where],
             self.offload[where],
         )
 
@@ -124,6 +130,7 @@ class Meshes:
             {a: np.concatenate([x.sizes[a] for x in parts]) for a in MESH_AXES},
             np.concatenate([x.num_microbatches for x in parts]),
             np.concatenate([x.rounds for x in parts]),
+            np.concatenate([x.most for x in parts]),
             np.concatenate([x.offload for x in parts]),
         )
 

@@ -13,6 +13,10 @@ from shardkit.planner.meshes import Topology
 __all__ = ["Quotas"]
 
 _MAX_CLASSES = 64
+_NEARLY = 1e-9
+"""Of a microbatch, which a device may lack that has been found to be in time."""
+_SURELY = 1e-6
+"""More than that, so that none is left out where it is counted."""
 
 
 class Quotas:
@@ -54,6 +58,16 @@ class Quotas:
             return -(-num_microbatches // num_groups) / speed
         return self._makespans(num_microbatches, np.asarray(num_groups))
 
+    def most(self, num_microbatches: int, rounds: np.ndarray) -> np.ndarray:
+        """How many microbatches the fastest group computes, or one more, then.
+
+        Args:
+            num_microbatches: How many there are.
+            rounds: What `rounds` says; the array is like it.
+        """
+        speed = self._speeds[0] if len(self._speeds) else 1.0
+        return np.minimum(np.floor(rounds * speed + _SURELY), num_microbatches)
+
     def counts(self, num_microbatches: int, num_groups: int) -> tuple[int, ...]:
         """How many microbatches each of so many groups computes."""
         speeds = tuple(self._speeds[:num_groups].tolist())
@@ -69,7 +83,7 @@ class Quotas:
         high = np.full(len(num_groups), num_microbatches / speeds[0])
         for _ in range(60):
             middle = (low + high) / 2
-            done = np.sum(used * np.floor(middle[:, None] * speeds + 1e-9), axis=1)
+            done = np.sum(used * np.floor(middle[:, None] * speeds + _NEARLY), axis=1)
             is_enough = done >= num_microbatches
             low = np.where(is_enough, low, middle)
             high = np.where(is_enough, middle, high)

@@ -51,8 +51,12 @@ def variants(
     # A mesh may be asked about that has more devices than there are.
     has_speeds = topology.speeds and groups[0] * inner <= topology.num_devices
     for remat, num, facts in job.blocks():
-        rounds = Quotas(topology, inner).rounds(num, groups) if has_speeds else None
-        meshes = job.placed(Meshes.of(sizes, num, rounds))
+        rounds = most = None
+        if has_speeds:
+            quotas = Quotas(topology, inner)
+            rounds = quotas.rounds(num, groups)
+            most = quotas.most(num, rounds)
+        meshes = job.placed(Meshes.of(sizes, num, rounds, most=most))
         costs = predict(facts, meshes, profile, topology, exact=job.exact)
         for i in range(len(meshes)):
             yield Choice.at(i, remat, meshes, costs, 0.0)
@@ -95,7 +99,7 @@ def check_room(
     gigabytes = math.ceil(least.memory_bytes / KEPT_PART / 1e8) / 10
     memory = more_memory.format(f"{gigabytes:g}GB")
     advice = [memory, *_what_fits(job, topology, profile)]
-    if kind == "activations":
+    if kind == "activations" and len(job.facts) == 1:
         advice.append("perhaps remat, or smaller microbatches, in the model's options")
     what = f"mesh of {num} devices fits" if num > 1 else "single device has the room"
     raise ConfigError(

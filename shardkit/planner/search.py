@@ -106,6 +106,16 @@ class Job:
             offload=choice.offload,
         )
 
+    def as_configured(self) -> "Job":
+        """Returns the job with the first of all that may be chosen beside the mesh."""
+        remat, num, _ = next(self.blocks())
+        return dataclasses.replace(
+            self,
+            facts={remat: self.facts[remat]},
+            num_microbatches=[num],
+            may_offload=False,
+        )
+
     @property
     def has_choices(self) -> bool:
         """Whether more than the mesh is chosen."""
@@ -234,16 +244,17 @@ class _Search:
         rows = list(inner_sizes(facts.divisors, num_devices, self._job.fixed))
         if not rows:
             return _Block(remat, num, facts, [], np.zeros(0))
-        rounds = []
+        rounds, most = [], []
         for row in rows:
             inner = math.prod(row.values())
             if inner not in self.quotas:
                 self.quotas[inner] = Quotas(self._topology, inner)
             dealt = self.quotas[inner]
             rounds.append(dealt.rounds(num, np.array([dealt.num_groups]))[0])
+            most.append(dealt.most(num, rounds[-1]))
         sizes = {axis: [row[axis] for row in rows] for axis in GROUP_AXES}
         # One group alone, as if it were on one host: nothing is faster.
-        meshes = Meshes.of(sizes, num, np.array(rounds))
+        meshes = Meshes.of(sizes, num, np.array(rounds), most=np.array(most))
         near = Topology(num_devices, num_devices)
         costs = predict(facts, meshes, self._profile, near, exact=self._job.exact)
         parts = ["compute", "overhead", *(f"over {axis}" for axis in GROUP_AXES)]
