@@ -90,10 +90,10 @@ class Worker:
         self.id, self.state, self.assignment = id, "ready", None
         self.prepares, self.left, self.prepared = prepares, 0, None
         self.step, self.phase, self.code, self.told = -1, "start", None, {}
-        self.by_us, self.exit_age_s = False, 0.0
+        self.by_us, self.ended_s = False, None
         self.halt = None
 
-    def report(self):
+    def report(self, now_s):
         found = {
             "worker": self.id,
             "pid": 1,
@@ -107,8 +107,10 @@ class Worker:
             found["process"] = self.assignment["process_index"]
             found |= {"step": self.step, "phase": self.phase, "facts": {}, **self.told}
         if self.code is not None:
+            self.ended_s = now_s if self.ended_s is None else self.ended_s
+            age_s = now_s - self.ended_s
             found |= {"code": self.code, "status": f"ended with {self.code}"}
-            found |= {"ended_by_us": self.by_us, "exit_age_s": self.exit_age_s}
+            found |= {"ended_by_us": self.by_us, "exit_age_s": age_s}
             found |= {"tail": []}
         return found
 
@@ -140,7 +142,7 @@ class Agent:
             "ended": self.ended,
             "keep": self.keep,
             "protected": list(self.protected),
-            "workers": [worker.report() for worker in self.workers.values()],
+            "workers": [worker.report(now_s) for worker in self.workers.values()],
             "images": self.images,
             "guards": [list(key) for key in self.guards],
             "guard_failed": self.failed,

@@ -295,7 +295,7 @@ def begin(*, prepares=False, **options):
 
 def crash(world, host, code=1, message="no", kind="ValueError", age_s=0.0):
     worker = world.agents[host].running()[0]
-    worker.exit_age_s = age_s
+    worker.ended_s = world.now_s - age_s
     crash_worker(worker, code, message, kind)
 
 
