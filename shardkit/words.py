@@ -6,7 +6,13 @@ Owns these spellings. It knows no numbers of its own.
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["format_bytes", "format_mesh", "format_plan", "format_time"]
+__all__ = [
+    "format_bytes",
+    "format_mesh",
+    "format_microbatches",
+    "format_plan",
+    "format_time",
+]
 
 
 def format_mesh(mesh: Mapping[str, int]) -> str:
@@ -45,6 +51,16 @@ def format_time(spent_ms: float) -> str:
         spent_s = spent_ms / 1000
         return f"{spent_s:.{max(0, 3 - len(str(int(spent_s))))}f} s"
     return f"{spent_ms:.0f} ms" if spent_ms >= 10 else f"{spent_ms:.1f} ms"
+
+
+def format_microbatches(num: int) -> str:
+    """Spells how many there are.
+
+    Example:
+        >>> format_microbatches(1), format_microbatches(8)
+        ('1 microbatch', '8 microbatches')
+    """
+    return f"{num} microbatch" + "es" * (num != 1)
 
 
 def format_plan(fields: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from shardkit.planner.model_facts import ModelFacts
 from shardkit.planner.profile import HardwareProfile
 from shardkit.planner.room import check_room, predicted, variants
 from shardkit.planner.search import KEPT_PART, Job, search
-from shardkit.words import format_mesh
+from shardkit.words import format_mesh, format_microbatches
 
 __all__ = ["Findings", "find"]
 
@@ -118,7 +118,7 @@ class Findings:
         if job.chooses_offload and choice.offload:
             words.append("offload")
         if len(job.num_microbatches) != 1:
-            words.append(f"{choice.num_microbatches} microbatches")
+            words.append(format_microbatches(choice.num_microbatches))
         return " ".join(words)
 
     def why_not(self, choice: Choice) -> str:

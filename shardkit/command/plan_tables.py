@@ -13,6 +13,7 @@ from shardkit.config import RunConfig
 from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.search import KEPT_PART
 from shardkit.report.terminal import format_bytes, format_mesh, format_time
+from shardkit.words import format_microbatches
 
 __all__ = ["document", "show"]
 
@@ -159,7 +160,7 @@ def _facts(
     found: Findings, arguments: argparse.Namespace, config: RunConfig
 ) -> dict[str, str]:
     best, profile, job = found.plan.best, found.profile, found.job
-    num = best.num_microbatches
+    microbatches = format_microbatches(best.num_microbatches)
     ramp = "" if config.data.batch_ramp is None else ", the ramp's largest"
     mesh = format_mesh(found.current.sizes)
     if found.current.is_same(best):
@@ -170,7 +171,7 @@ def _facts(
         change = _class_words(found, found.current, best)
     facts = {
         "model": f"{config.model.factory}, {found.facts.num_params:,} parameters",
-        "a step": f"{job.global_batch_size} rows in {num} microbatches{ramp}; sums "
+        "a step": f"{job.global_batch_size} rows in {microbatches}{ramp}; sums "
         f"{_sums(found)}",
         "device": f"{profile.name} (--profile {arguments.profile})",
         "memory": f"{format_bytes(profile.memory_bytes)}, of which a step may take "

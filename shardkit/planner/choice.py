@@ -12,7 +12,7 @@ from typing import Any
 from shardkit.errors import ConfigError
 from shardkit.mesh import GROUP_AXES, MESH_AXES, MeshSpec
 from shardkit.planner.meshes import Meshes, Topology
-from shardkit.words import format_mesh
+from shardkit.words import format_mesh, format_microbatches
 
 __all__ = ["Choice", "Plan", "make_plan", "why_not"]
 
@@ -105,7 +105,11 @@ class Choice:
 
     def __str__(self) -> str:
         sizes = [f"{a}={n}" for a, n in self.sizes.items() if n > 1] or ["one device"]
-        words = [" ".join(sizes), _count(self.num_microbatches), self.remat]
+        words = [
+            " ".join(sizes),
+            format_microbatches(self.num_microbatches),
+            self.remat,
+        ]
         return ", ".join(words + ["optimizer offloaded"] * self.offload)
 
 
@@ -259,10 +263,6 @@ def _nothing_fits(
         f"{_bytes(closest.memory_bytes)}. Allow remat or offload, smaller microbatches "
         "or more devices."
     )
-
-
-def _count(num: int) -> str:
-    return f"{num} microbatch" + "es" * (num != 1)
 
 
 def _item(value: Any, i: int) -> float:
