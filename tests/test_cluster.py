@@ -301,6 +301,7 @@ def test_a_frozen_agent_is_a_lost_host(launch):
     check_end(cluster, 300)
 
 
+@pytest.mark.slow
 def test_a_frozen_supervisor_is_replaced(launch):
     cluster = launch(steps=200)
     cluster.wait_step(5)

@@ -78,7 +78,10 @@ def check_nothing_lost(found, step):
     assert found["rebuilt_bytes"] > 0
 
 
-@pytest.mark.parametrize("redundancy", ["mirror", "parity", "parity:2"])
+@pytest.mark.parametrize(
+    "redundancy",
+    ["mirror", pytest.param("parity", marks=pytest.mark.slow), "parity:2"],
+)
 def test_a_lost_host_loses_nothing(launch, redundancy):
     cluster = launch(redundancy)
     snapshot = cluster.wait_status(lambda s: s["snapshot"])["snapshot"]

@@ -247,6 +247,7 @@ def test_bad_input_is_one_message(verb, path, tmp_path):
     assert f"a.svg, --html {tmp_path}: expected a file in a directory" in errors
 
 
+@pytest.mark.slow
 def test_it_starts_alone_and_emulates_what_is_not_there(tmp_path):
     """More devices than other tests have, in a process of its own."""
     fast = tmp_path / "fast.toml"

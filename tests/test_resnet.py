@@ -141,6 +141,7 @@ def test_a_row_of_weight_0_does_not_count():
     assert (found.weight, found.metrics) == (expected.weight, expected.metrics)
 
 
+@pytest.mark.slow
 def test_the_gradient_contains_neither_scatter_nor_convolution():
     model = resnet.build(width=2, num_stages=2)
     params, state = plain(model)

@@ -129,6 +129,7 @@ def check_peaks(peaks, shapes, ends, more):
     assert least >= largest
 
 
+@pytest.mark.slow
 def test_leaves_that_shrink_make_room_for_those_that_grow(peaks):
     devices = jax.devices()[:4]
     whole, cut = sharding(devices, -1), sharding(devices, 0)
@@ -151,7 +152,8 @@ def compiled_names(caplog, work):
     return out, {r.args[0] for r in caplog.records if "Compiling" in r.msg}
 
 
-@pytest.mark.parametrize("keep", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [False, True])
 def test_programs_that_were_compiled_before_are_not_compiled_again(
     caplog, monkeypatch, keep
 ):

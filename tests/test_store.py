@@ -98,6 +98,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_ten_times_the_limit_goes_through(tmp_path):
     limit_bytes = 32 << 20
     rng = np.random.default_rng(0)

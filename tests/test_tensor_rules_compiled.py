@@ -64,7 +64,9 @@ def test_collectives_are_those_predicted(name, size):
     check(case(name), BATCH, size)
 
 
-@pytest.mark.parametrize("name", ["attention", "tied", "scanned"])
+@pytest.mark.parametrize(
+    "name", ["attention", "scanned", pytest.param("tied", marks=pytest.mark.slow)]
+)
 def test_gradients_are_those_of_one_device(name):
     check(case(name), BATCH, 2, gradient=True)
 
