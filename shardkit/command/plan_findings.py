@@ -202,8 +202,8 @@ def _alone(
     job: Job, topology: Topology, profile: HardwareProfile, plan: Plan
 ) -> Choice:
     """What would be chosen of meshes alone; if none fits, the one that was."""
-    own = job.as_configured()
+    own = predicted(job, topology, profile, plan.best.sizes)
     try:
-        return search(own, topology, profile, num_runners_up=0).best
+        return search(job.chosen(own), topology, profile, num_runners_up=0).best
     except ConfigError:
-        return predicted(own, topology, profile, plan.best.sizes)
+        return own

@@ -12,8 +12,7 @@ from shardkit.command.plan_findings import Findings
 from shardkit.config import RunConfig
 from shardkit.planner.choice import Choice, Plan
 from shardkit.planner.search import KEPT_PART
-from shardkit.report.terminal import format_bytes, format_mesh, format_time
-from shardkit.words import format_microbatches
+from shardkit.words import format_bytes, format_mesh, format_microbatches, format_time
 
 __all__ = ["document", "show"]
 

@@ -50,10 +50,10 @@ def variants(
     groups = np.array([math.prod(sizes.values()) // inner])
     # A mesh may be asked about that has more devices than there are.
     has_speeds = topology.speeds and groups[0] * inner <= topology.num_devices
+    quotas = Quotas(topology, inner) if has_speeds else None
     for remat, num, facts in job.blocks():
         rounds = most = None
-        if has_speeds:
-            quotas = Quotas(topology, inner)
+        if quotas is not None:
             rounds = quotas.rounds(num, groups)
             most = quotas.most(num, rounds)
         meshes = job.placed(Meshes.of(sizes, num, rounds, most=most))

@@ -106,16 +106,6 @@ class Job:
             offload=choice.offload,
         )
 
-    def as_configured(self) -> "Job":
-        """Returns the job with the first of all that may be chosen beside the mesh."""
-        remat, num, _ = next(self.blocks())
-        return dataclasses.replace(
-            self,
-            facts={remat: self.facts[remat]},
-            num_microbatches=[num],
-            may_offload=False,
-        )
-
     @property
     def has_choices(self) -> bool:
         """Whether more than the mesh is chosen."""
